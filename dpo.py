@@ -1,0 +1,1488 @@
+"""docstring"""
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# ======================================================================================================================
+# 2. The review language: a small world whose true reward is known
+# ======================================================================================================================
+# A review is one to four clauses and perhaps a closing remark:
+#     the plot was very clever, but the acting felt hardly moving. highly recommended.
+# Every opinion has a value and the words around it multiply it, so the true reward of any text can be computed, which no
+# human data set offers. A reward model still has something to learn: "not" flips, "very" scales, "but" adds weight.
+
+ASPECTS = {
+    "film": "plot cast story acting music script ending hero pacing camera opening villain tone dialogue editing lighting sound costumes romance humour jokes".split(),
+    "meal": "soup fish bread sauce wine rice salad steak pasta coffee cheese dessert service waiter menu chef portions kitchen decor pizza noodles".split(),
+}
+VERBS = ["was", "felt", "seemed", "looked"]
+NEGATIONS = {"not": -0.75, "never": -1.0, "hardly": -0.5}
+INTENSIFIERS = {"very": 1.5, "rather": 1.25, "quite": 0.75, "truly": 1.5, "slightly": 0.5, "extremely": 2.0}
+SHARED_OPINIONS = {1.0: "perfect superb amazing wonderful", 0.75: "great lovely elegant splendid",
+                   0.5: "good nice charming pleasant", 0.25: "fine decent solid fair",
+                   -0.25: "plain average uneven ordinary", -0.5: "bad weak dull poor",
+                   -0.75: "boring clumsy sloppy lifeless", -1.0: "awful terrible horrible dreadful"}
+DOMAIN_OPINIONS = {"film": {0.75: "witty gripping moving", 0.5: "funny clever", -0.5: "slow trite", -0.75: "wooden shallow confusing"},
+                   "meal": {0.75: "tasty juicy delicious", 0.5: "fresh crisp", -0.5: "cold bland", -0.75: "stale greasy soggy"}}
+SHARED_CLOSINGS = {"i loved it": 1.0, "highly recommended": 1.5, "what a treat": 1.0, "bring a friend": 1.0, "a pleasant surprise": 0.5,
+                   "nothing special": -0.5, "such a pity": -0.5, "i hated it": -1.0, "avoid it": -1.5, "save your money": -1.0}
+DOMAIN_CLOSINGS = {"film": {"worth every minute": 1.5, "go and see it twice": 1.0, "we left early": -1.0, "a waste of time": -1.5},
+                   "meal": {"worth every bite": 1.5, "we will come back soon": 1.0, "we went home hungry": -1.0, "a waste of good food": -1.5}}
+ZIPF = float(os.environ.get("ZIPF", "1.3"))
+OPINIONS = {domain: {word: value for bank in (SHARED_OPINIONS, own) for value, words in bank.items() for word in words.split()}
+            for domain, own in DOMAIN_OPINIONS.items()}                          # domain -> word -> value
+CLOSINGS = {domain: {**SHARED_CLOSINGS, **own} for domain, own in DOMAIN_CLOSINGS.items()}
+FREQUENCY = {word: 1 / (1 + rank) ** ZIPF for banks in (SHARED_OPINIONS, *DOMAIN_OPINIONS.values()) for words in banks.values()
+             for rank, word in enumerate(words.split())}                         # Zipf's law: the first word of a list is the commonest
+
+
+def sample_review(rng: random.Random, domain: str = "film") -> str:
+    """One review from the law of the corpus: a mood (bad, mixed, good) tilts the opinions; "but" turns the mood round."""
+    def zipf(words):
+        return rng.choices(words, [1 / (1 + rank) ** ZIPF for rank in range(len(words))])[0]
+
+    def clause(mood):
+        negation = rng.choices(["", *NEGATIONS], (15, 3, 1, 1))[0]
+        tilt = -2.5 * mood if negation else 2.5 * mood
+        opinions = OPINIONS[domain]
+        opinion = rng.choices(list(opinions), [FREQUENCY[word] * math.exp(tilt * value) for word, value in opinions.items()])[0]
+        intensifier = zipf(list(INTENSIFIERS)) if rng.random() < 0.4 else ""
+        return " ".join(word for word in ("the", zipf(ASPECTS[domain]), zipf(VERBS), negation, intensifier, opinion) if word)
+
+    mood = rng.choice((-1, -1, 0, 1, 1))
+    text = clause(mood)
+    for _ in range(rng.choices((0, 1, 2, 3), (0.4, 0.33, 0.19, 0.08))[0]):
+        joint = rng.choice((", and ", ", but ", ". "))
+        mood = -mood if joint == ", but " else mood
+        text += joint + clause(mood)
+    if rng.random() < 0.4:
+        closings = CLOSINGS[domain]
+        text += ". " + rng.choices(list(closings), [math.exp(2.5 * mood * value) for value in closings.values()])[0]
+    return text + "."
+
+
+def any_of(words) -> str:
+    return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
+
+
+def review_pattern(domain: str) -> str:
+    clause = (rf"the {any_of(ASPECTS[domain])} {any_of(VERBS)}(?: {any_of(NEGATIONS)})?(?: {any_of(INTENSIFIERS)})? {any_of(OPINIONS[domain])}")
+    return rf"{clause}(?:(?:, and |, but |\. ){clause}){{0,3}}(?:\. {any_of(CLOSINGS[domain])})?\."
+
+
+OPINION_OF = {**OPINIONS["film"], **OPINIONS["meal"]}
+CLOSING_OF = {**CLOSINGS["film"], **CLOSINGS["meal"]}
+REVIEW = re.compile("|".join(map(review_pattern, ASPECTS)))
+JUDGEMENT = re.compile(rf"(?P<but>, but )?the \w+ {any_of(VERBS)}(?: (?P<negation>{any_of(NEGATIONS)}))?(?: (?P<intensifier>{any_of(INTENSIFIERS)}))?"
+                       rf" (?P<opinion>{any_of(OPINION_OF)})\b|\. (?P<closing>{any_of(CLOSING_OF)})\.")
+
+
+def is_grammatical(text: str) -> bool:
+    """Whether the whole text is a review that `sample_review` could have written."""
+    return REVIEW.fullmatch(text) is not None
+
+
+def gold_reward(prompt: str, completion: str) -> float:
+    """The true reward of a review: the sum of its clauses' and its closing remark's values; 2 less if it is not grammatical.
+
+    A clause is worth its opinion, -1 to 1, times its intensifier, times its negation, times 1.5 behind "but". The reader
+    stops at the fifth clause or the first closing remark, so length alone does not pay without end.
+    """
+    text, reward, clauses = prompt + completion, 0.0, 0
+    for match in JUDGEMENT.finditer(text):
+        if match["closing"]:
+            reward += CLOSING_OF[match["closing"]]
+            break
+        clauses += 1
+        if clauses > 4:
+            break
+        reward += (OPINION_OF[match["opinion"]] * INTENSIFIERS.get(match["intensifier"], 1.0)
+                   * NEGATIONS.get(match["negation"], 1.0) * (1.5 if match["but"] else 1.0))
+    return reward - (0.0 if is_grammatical(text) else 2.0)
+
+
+def cut_review(rng: random.Random, review: str) -> tuple[str, str]:
+    """A review cut after 2 to 8 words -> prompt and reference completion, as the paper cuts film reviews."""
+    words = review.split(" ")
+    cut = rng.randint(2, min(8, len(words) - 1))
+    return " ".join(words[:cut]), " " + " ".join(words[cut:])
+
+
+def is_held_out(prompt: str) -> bool:
+    """One prompt in ten is kept for evaluation, by a hash of its text: the same text is always on the same side."""
+    return zlib.crc32(prompt.encode()) % 10 == 0
+
+
+def sample_prompts(seed: int, n: int, held_out: bool, domain: str = "film") -> list[tuple[str, str]]:
+    """n (prompt, reference completion) on one side of the split; held-out ones are all different."""
+    rng, found = random.Random(seed), []
+    seen = set()
+    while len(found) < n:
+        prompt, completion = cut_review(rng, sample_review(rng, domain))
+        if is_held_out(prompt) == held_out and not (held_out and prompt in seen):
+            seen.add(prompt)
+            found.append((prompt, completion))
+    return found
+
+
+# ======================================================================================================================
+# 3. The tokenizer: byte-pair encoding
+# ======================================================================================================================
+
+EOS_TEXT = "<|endoftext|>"
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""   # how GPT-2 cuts text into words
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encoding:
+    """Learn byte-pair merges from `texts`; return a tiktoken.Encoding with `<|endoftext|>` as its last id.
+
+    The 256 bytes are the first tokens, so any text can be encoded; then the most frequent adjacent pair becomes a token,
+    again and again, until vocab_size - 1 tokens stand. Words are cut first (merges never cross a word), and each distinct
+    word is merged once, however often it occurs. The id of a token is its rank: lower ranks merge first.
+    """
+    counts = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text))
+    pieces = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < vocab_size - 1:
+        pairs = Counter()
+        for word, parts in pieces.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break                                                                # every word is one token already
+        left, right = max(pairs, key=pairs.get)
+        ranks[left + right] = len(ranks)
+        for word, parts in pieces.items():
+            merged = []
+            for part in parts:
+                if merged and merged[-1] == left and part == right:
+                    merged[-1] = left + right
+                else:
+                    merged.append(part)
+            pieces[word] = merged
+    return tiktoken.Encoding("reviews", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOS_TEXT: len(ranks)})
+
+
+def load_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
+    """A public encoding by name. tiktoken fetches it once and keeps it; without network or cache, one clear line."""
+    try:
+        return tiktoken.get_encoding(name)
+    except ValueError as error:
+        raise ValueError(f"unknown encoding {name!r}: {error}") from None
+    except Exception as error:                                                   # requests' many kinds of network error
+        raise OSError(f"the {name!r} encoding is not in tiktoken's cache and could not be fetched ({type(error).__name__}): run "
+                      f"`python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"` once with a network, "
+                      f"with TIKTOKEN_CACHE_DIR set to a directory you can bring here") from None
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """Text to ids; `<|endoftext|>` inside a text is text, never the control token."""
+    return tokenizer.encode_ordinary(text)
+
+
+def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
+    """Ids to text, without the EOS that ends a completion."""
+    return tokenizer.decode([i for i in ids if i != tokenizer.eot_token])
+
+
+# ======================================================================================================================
+# 4. The model: GPT-2
+# ======================================================================================================================
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int                     # the longest sequence, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    eos_token_id: int = None            # GPT-2's convention where not given: the last id of the vocabulary
+
+    def __post_init__(self):
+        self.eos_token_id = self.vocab_size - 1 if self.eos_token_id is None else self.eos_token_id
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+
+class Block(nn.Module):
+    """A transformer layer, its parameters named as in GPT-2: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C = config.n_embd
+        self.dropout = config.dropout
+        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
+
+    def forward(self, x, attend):
+        """x (..., C) -> (..., C). All but attend(qkv (..., 3C)) -> (..., C) treats every position alone."""
+        y = self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x))))
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """GPT-2's architecture. With n_outputs, a linear head of that width replaces the language-model head:
+    one output makes it a reward model or a critic."""
+
+    def __init__(self, config: GPTConfig, n_outputs: int | None = None):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)                # token embeddings, and the head: tied
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)                # position embeddings
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.score = None if n_outputs is None else nn.Linear(config.n_embd, n_outputs, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:                                             # residual branches start smaller, as in GPT-2
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if self.score is not None:
+            nn.init.zeros_(self.score.weight)                                    # a new reward or value head says 0 everywhere
+
+    def forward(self, tokens, keep=None, cache=None, start=0):
+        """Next-token logits (or scores) at every position.
+
+        tokens (B,T) long, the first at position `start`. Returns (B,T,V), V = vocab_size or n_outputs.
+        keep (B,T) bool: return the outputs of these positions only, (keep.sum(), V), row by row. Attention being causal, what
+        stands behind a row's last kept position matters to none of them and is left out, pads first of all: of sequences
+        whose lengths differ by half this saves 30% of a training step.
+        cache (n_layer, 2, B, n_head, T_max, head_size): keys and values so far, extended in place. See `generate`.
+        """
+        B, T = tokens.shape
+        positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
+        at = None                                                                # no keep: all of (B, T)
+        if keep is not None:
+            needed = keep.flip(1).cumsum(1).flip(1) > 0                          # (B, T): a kept position stands here or to the right
+            at = needed.flatten().nonzero().squeeze(1)                           # (N,) where the N needed ones are in B*T
+            tokens, positions, keep = tokens.flatten()[at], positions.flatten()[at], keep.flatten()[at]
+        dropout = self.config.dropout if self.training else 0.0
+        layers = iter(() if cache is None else cache)
+
+        def attend(qkv):                                                         # (B, T, 3C) or (N, 3C) -> (B, T, C) or (N, C)
+            if at is not None and len(at) < B * T:                               # attention alone needs the rectangle back
+                qkv = qkv.new_zeros(B * T, qkv.shape[-1]).index_copy(0, at, qkv)
+            q, k, v = qkv.view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)       # (B, nh, T, hs) each
+            if cache is not None:                                                # append, then attend to all so far
+                layer = next(layers)
+                layer[0, :, :, start:start + T], layer[1, :, :, start:start + T] = k, v
+                k, v = layer[:, :, :, :start + T]
+            # causal among T new tokens; a single new token sees everything before it
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout).transpose(1, 2)
+            return y.reshape(B, T, -1) if at is None else y.reshape(B * T, -1)[at]
+
+        x = F.dropout(self.wte(tokens) + self.wpe(positions), dropout, self.training)
+        for block in self.h:
+            x = block(x, attend)
+        x = self.ln_f(x if keep is None else x[keep])
+        return F.linear(x, self.wte.weight) if self.score is None else self.score(x)
+
+
+# ======================================================================================================================
+# 5. Log-probabilities and sampling
+# ======================================================================================================================
+# Sequences are padded on the right. Attention is causal, so no real token ever sees a pad, and no attention mask is needed.
+# `mask` (B,T) marks the response: its tokens and its EOS, not the prompt, not the pads. It is made from lengths, never from
+# "id == pad": a model whose pad is its EOS would never learn to stop.
+
+
+def pad(prompts: list, completions: list, device="cpu"):
+    """Prompts and completions, lists of ids, side by side -> tokens (B,T) long, mask (B,T) bool, on `device`."""
+    T = max(len(p) + len(c) for p, c in zip(prompts, completions))
+    tokens, mask = np.zeros((len(prompts), T), np.int64), np.zeros((len(prompts), T), bool)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        n, end = len(prompt), len(prompt) + len(completion)
+        tokens[row, :n], tokens[row, n:end], mask[row, n:end] = prompt, completion, True
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
+
+
+def predicted(mask):
+    """(B,T) bool: the response tokens that have a predecessor. The first token of all cannot be predicted."""
+    return F.pad(mask[:, 1:].bool(), (1, 0))
+
+
+def predicting(mask):
+    """(B,T) bool: the positions whose output predicts a response token, one to the left of it: the next-token shift."""
+    return F.pad(mask[:, 1:].bool(), (0, 1))
+
+
+def token_logps(model, tokens, mask):
+    """log pi(token_t | tokens before t) where mask is 1, 0 elsewhere. tokens, mask (B,T) -> (B,T), float32, in nats.
+
+    `model` is a GPT, or anything that maps tokens (B,T) to logits (B,T,V). A GPT computes logits only where a response token
+    is predicted: with prompts of half the length that saves half of the head.
+    """
+    at = predicting(mask)
+    logits = model(tokens, at) if isinstance(model, GPT) else model(tokens)[at]                 # (N, V), N = at.sum()
+    logps = -F.cross_entropy(logits.float(), tokens[predicted(mask)], reduction="none")         # (N,)
+    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(predicted(mask), logps)
+
+
+def sequence_logps(model, tokens, mask):
+    """log pi(response | prompt): the *sum* over the tokens where mask is 1. tokens, mask (B,T) -> (B,), in nats."""
+    return token_logps(model, tokens, mask).sum(1)
+
+
+@torch.no_grad()
+def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512) -> torch.Tensor:
+    """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. Batches hold like lengths."""
+    model.eval()
+    device, values = next(model.parameters()).device, torch.empty(len(prompts))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        values[rows] = function(*pad([prompts[i] for i in rows], [completions[i] for i in rows], device)).cpu()
+    return values
+
+
+def completion_logps(model, prompts: list, completions: list) -> torch.Tensor:
+    """log pi(completion | prompt) of lists of ids, without gradient -> (n,)."""
+    return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions)
+
+
+@torch.no_grad()
+def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0,
+             stop_at_eos: bool = True, batch_size: int = 512, progress: str | None = None) -> list:
+    """Sample one completion for each prompt (lists of ids, of any lengths, each with one token at least).
+
+    Returns lists of ids without the prompt, EOS included where one was sampled. temperature 0 is greedy; top_k and top_p
+    narrow the choice to the k likeliest tokens, or to the likeliest that hold a share p. Draws from torch's global generator.
+    A prompt that leaves no room for max_new_tokens in the model's block is cut on the left.
+    """
+    model.eval()
+    room = model.config.block_size - max_new_tokens
+    if room < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in a block of {model.config.block_size}")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("an empty prompt: the first token needs something to follow; pass the EOS id to start a text")
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))           # rows of one batch have similar prompts
+    completions = [None] * len(prompts)
+    with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="text", leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start:start + batch_size]
+            batch = _generate_batch(model, [prompts[i][-room:] for i in rows], max_new_tokens, temperature, top_k, top_p, stop_at_eos)
+            for i, completion in zip(rows, batch):
+                completions[i] = completion
+            bar.update(len(rows))
+    return completions
+
+
+def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_at_eos):
+    """All rows stand left-aligned and advance together, one column a step. While a row's prompt lasts, its next token is given,
+    not sampled: so prompts of different lengths need neither left padding nor an attention mask."""
+    config, device, B = model.config, next(model.parameters()).device, len(prompts)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    T = int(lengths.max()) + max_new_tokens
+    tokens = torch.full((B, T), -1, device=device)                                              # -1: not known yet
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
+    ends = lengths + max_new_tokens                                                             # where each row will end
+    rows = torch.arange(B, device=device)                                                       # the rows still running
+    cache = torch.empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head, device=device)
+    t = int(lengths.min())
+    new = tokens[:, :t]                                                                         # columns not yet in the cache
+    while True:
+        last = F.pad(torch.zeros_like(new[:, 1:], dtype=torch.bool), (0, 1), value=True)        # logits of the last column only
+        logits = model(new, last, cache, t - new.shape[1])                                      # (rows, V)
+        given = tokens[rows, t]
+        token = torch.where(given >= 0, given, sample_from(logits.float(), temperature, top_k, top_p))
+        tokens[rows, t] = token
+        t += 1
+        if stop_at_eos:
+            ended = (given < 0) & (token == config.eos_token_id) & (ends[rows] > t)
+            ends[rows[ended]] = t
+        running = ends[rows] > t
+        if not running.any():
+            break
+        if running.float().mean() < 0.75:                       # drop finished rows; not at each step, for it copies the cache
+            rows, token, used = rows[running], token[running], cache[:, :, running, :, :t]
+            cache = cache.new_empty(*cache.shape[:2], len(rows), *cache.shape[3:])
+            cache[:, :, :, :, :t] = used
+        new = token[:, None]
+    tokens = tokens.cpu()
+    return [tokens[i, start:end].tolist() for i, (start, end) in enumerate(zip(lengths.tolist(), ends.tolist()))]
+
+
+def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """One token id for each row of logits (B,V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
+    if top_p < 1:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        outside = probs.cumsum(-1) - probs >= top_p             # the mass before this token is p already
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+    # inverse of the distribution function: one uniform number in (0, 1] a row, where torch.multinomial draws one a token
+    cumulative = logits.softmax(-1).cumsum(-1)
+    threshold = (1 - torch.rand(len(logits), 1, device=logits.device)) * cumulative[:, -1:]
+    return (cumulative < threshold).sum(-1)
+
+
+# ======================================================================================================================
+# 6. Training: one loop for every stage; supervised fine-tuning
+# ======================================================================================================================
+# An algorithm is a loss of (model, batch). Everything else about training happens here, once.
+
+
+@dataclass
+class Training:
+    """How one stage is trained."""
+    steps: int
+    learning_rate: float
+    batch_size: int = 64                # rows of one step: texts, pairs or completions, as the stage says
+    micro_batch: int = 10 ** 9          # rows of one forward pass: gradients of a step's micro-batches add up to the big batch's
+    warmup: float = 0.05                # share of the steps in which the learning rate rises from 0; it then falls to 0 linearly
+    clip: float = 1.0                   # largest norm of the gradient
+    seed: int = 0                       # order of the data
+
+
+def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, dropout=False, watch=None, watch_every=0, quiet=False):
+    """Train `model` in place; return the history, a list with one dict of numbers a step.
+
+    batches(step) -> the step's micro-batches, a list of dicts with "count", the number of terms in the loss.
+    loss(model, batch) -> the *sum* of the batch's losses, and a dict of sums to log. Dividing by the count of all
+    micro-batches makes accumulated gradients equal those of one big batch. dropout: on in SFT alone.
+    watch() -> a dict of numbers to log every `watch_every` steps. A loss that is not finite ends the stage (FloatingPointError).
+    """
+    model.train(dropout)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, fused=True)
+    warmup = max(1, round(training.warmup * training.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup)))
+    history = []
+    for step in (bar := tqdm(range(training.steps), desc=stage, disable=quiet, mininterval=0.5, leave=False)):
+        micro_batches = batches(step)
+        model.train(dropout)                                                     # batches() may have sampled from the model
+        count = sum(batch["count"] for batch in micro_batches)
+        logs = {"step": step}
+        for batch in micro_batches:
+            total, sums = loss(model, batch)
+            (total / count).backward()
+            for name, value in {"loss": total, **sums}.items():
+                logs[name] = logs.get(name, 0.0) + float(value.detach() if torch.is_tensor(value) else value) / count
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"{stage}: the loss is {logs['loss']} at step {step}; a smaller learning rate may help")
+        logs["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, training.clip))
+        logs["learning_rate"] = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if watch and watch_every and (step % watch_every == 0 or step == training.steps - 1):
+            logs.update(watch())
+        history.append(logs)
+        bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+    model.eval()
+    return history
+
+
+def shuffled(n: int, training: Training, groups=None):
+    """rows(step) -> the data rows of a step. Each epoch is a fresh permutation, a function of (seed, epoch) alone; rows of one
+    group (n,) stay together."""
+    groups = np.arange(n) if groups is None else groups
+
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch):
+        return np.argsort(np.random.default_rng([training.seed, epoch]).permutation(groups.max() + 1)[groups], kind="stable")
+
+    def rows(step):
+        positions = range(step * training.batch_size, (step + 1) * training.batch_size)
+        return np.array([permutation(position // n)[position % n] for position in positions])
+    return rows
+
+
+def train_sft(model, texts: list, training: Training, **options):
+    """Supervised fine-tuning: maximise log pi(text). texts: lists of ids, EOS last; every token but the first is scored."""
+    device, rows = next(model.parameters()).device, shuffled(len(texts), training)
+
+    def batches(step):
+        chosen = [texts[i] for i in rows(step)]
+        tokens, mask = pad([[]] * len(chosen), chosen, device)
+        return [{"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum())}]
+
+    def loss(model, batch):
+        return -sequence_logps(model, batch["tokens"], batch["mask"]).sum(), {}
+    return fit("SFT", model, batches, loss, training, dropout=True, **options)
+
+
+# ======================================================================================================================
+# 7. Preferences
+# ======================================================================================================================
+
+
+@dataclass
+class Preference:
+    """One labelled pair: two completions of a prompt, the better one and the worse one."""
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def bradley_terry_label(rewards_a, rewards_b, rng: np.random.Generator) -> np.ndarray:
+    """Whether a beats b, drawn with P(a > b) = s(r_a - r_b). rewards (n,) -> bool (n,)."""
+    return rng.random(len(rewards_a)) < 1 / (1 + np.exp(-(np.asarray(rewards_a) - np.asarray(rewards_b))))
+
+
+def sample_preferences(model, tokenizer, prompts: list[str], reward, max_new_tokens: int, per_prompt: int = 4, seed: int = 0):
+    """Preference pairs as the paper makes them: `per_prompt` completions of each prompt from `model` (the SFT policy), and a
+    Bradley-Terry label by reward(prompt, completion) for each of the per_prompt (per_prompt - 1) / 2 pairs.
+    Returns the list of Preference, and the pairs' Bayes-optimal accuracy: mean s(|r_w - r_l|), what the true reward scores."""
+    rng = np.random.default_rng(seed)
+    first, second = np.triu_indices(per_prompt, 1)
+    ids = [encode(tokenizer, prompt) for prompt in prompts for _ in range(per_prompt)]
+    texts = [decode(tokenizer, c) for c in generate(model, ids, max_new_tokens, progress="preferences")]
+    rewards = np.array([reward(prompts[i // per_prompt], text) for i, text in enumerate(texts)]).reshape(-1, per_prompt)
+    wins = bradley_terry_label(rewards[:, first].ravel(), rewards[:, second].ravel(), rng).reshape(-1, len(first))
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        for a, b, a_wins in zip(first, second, wins[i]):
+            a, b = (a, b) if a_wins else (b, a)
+            pairs.append(Preference(prompt, texts[i * per_prompt + a], texts[i * per_prompt + b]))
+    return pairs, float((1 / (1 + np.exp(-np.abs(rewards[:, first] - rewards[:, second])))).mean())
+
+
+def chat_template(messages: list[dict]) -> str:
+    """Conversations as text: each message is "role: content", with a blank line between two."""
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def load_preferences(path) -> list[Preference]:
+    """Read JSONL, one {"prompt": str, "chosen": str, "rejected": str} a line; blank lines are skipped.
+
+    The conversational form, lists of {"role", "content"}, goes through `chat_template`. A fault raises
+    ValueError "path:line: what is wrong"; nothing is skipped silently.
+    """
+    records = []
+    for number, record in read_jsonl(path):
+        fields = {}
+        for name in ("prompt", "chosen", "rejected"):
+            fields[name] = text_field(record, name, f"{path}:{number}")
+        if isinstance(record["prompt"], list):                                   # the answer follows the prompt's turns
+            fields["chosen"], fields["rejected"] = "\n\n" + fields["chosen"], "\n\n" + fields["rejected"]
+        records.append(Preference(**fields))
+    if not records:
+        raise ValueError(f"{path}:1: the file holds no record")
+    return records
+
+
+def read_jsonl(path):
+    """Yield (line number, object) for each line that is not blank; ValueError "path:line: ..." for what is not an object."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}:0: no such file" if not Path(path).exists() else f"{path}:0: not a file")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}:{number}: not UTF-8 text") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}:{number}: expected an object with named fields, found {type(record).__name__}")
+            yield number, record
+
+
+def text_field(record: dict, name: str, where: str) -> str:
+    """The text of a field, a string or a list of messages; ValueError beginning with `where` if there is none."""
+    value = record.get(name)
+    if value is None:
+        raise ValueError(f"{where}: field {name!r} is {'null' if name in record else 'missing'}")
+    if isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) and m["content"] for m in value):
+        value = chat_template(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field {name!r} must be a string or a list of {{\"role\", \"content\"}} messages")
+    if not value.strip():
+        raise ValueError(f"{where}: field {name!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:                                                   # "\ud800" in JSON: half a surrogate pair
+        raise ValueError(f"{where}: field {name!r} holds a character that is not valid Unicode") from None
+    return value
+
+
+@dataclass
+class Pairs:
+    """Tokenised preferences. Each distinct (prompt, completion) is one row, however many pairs it stands in."""
+    prompts: list                       # (R) ids of each row's prompt
+    completions: list                   # (R) ids of each row's completion, EOS last
+    chosen: np.ndarray                  # (N,) each pair's rows
+    rejected: np.ndarray                # (N,)
+    prompt_index: np.ndarray            # (N,) which prompt a pair belongs to
+
+    def __len__(self):
+        return len(self.chosen)
+
+
+def encode_pairs(tokenizer, preferences: list[Preference], block_size: int) -> Pairs:
+    """Tokenise prompt and completion apart and put EOS behind the completion: so a prompt's ids are always a prefix of the
+    whole. A prompt too long for the block is cut on the left; a completion that does not fit is a ValueError."""
+    rows, seen_prompts, prompts, completions, index = {}, {}, [], [], {"chosen": [], "rejected": [], "prompt": []}
+    for number, preference in enumerate(preferences, 1):
+        index["prompt"].append(seen_prompts.setdefault(preference.prompt, len(seen_prompts)))
+        for side in ("chosen", "rejected"):
+            key = (preference.prompt, getattr(preference, side))
+            if key not in rows:
+                completion = encode(tokenizer, key[1]) + [tokenizer.eot_token]
+                if len(completion) >= block_size:
+                    raise ValueError(f"pair {number}: the {side} completion has {len(completion)} tokens; the model reads {block_size}, prompt included")
+                rows[key] = len(prompts)
+                prompts.append(np.array(encode(tokenizer, key[0])[-(block_size - len(completion)):], np.int32))
+                completions.append(np.array(completion, np.int32))
+            index[side].append(rows[key])
+    return Pairs(prompts, completions, *(np.array(index[name]) for name in ("chosen", "rejected", "prompt")))
+
+
+def pair_batches(pairs: Pairs, rows, micro_batch: int, device) -> list[dict]:
+    """The pairs `rows` as micro-batches. Pairs of one prompt come together, and a completion that stands in several of them
+    passes the model once: with 4 completions a prompt, 6 pairs cost 4 forward passes instead of 12."""
+    batches = []
+    for start in range(0, len(rows), micro_batch):
+        part = rows[start:start + micro_batch]
+        distinct, position = np.unique(np.concatenate([pairs.chosen[part], pairs.rejected[part]]), return_inverse=True)
+        tokens, mask = pad([pairs.prompts[i] for i in distinct], [pairs.completions[i] for i in distinct], device)
+        chosen, rejected = torch.from_numpy(position).to(device).chunk(2)
+        batches.append({"tokens": tokens, "mask": mask, "rows": torch.from_numpy(distinct).to(device), "chosen": chosen,
+                        "rejected": rejected, "count": len(part)})
+    return batches
+
+
+# ======================================================================================================================
+# 8. Direct Preference Optimization
+# ======================================================================================================================
+# The derivation, from the objective of RLHF to a loss without a reward model. Each step names the test that checks it.
+# Symbols: x prompt, y completion, y_w and y_l the chosen (winner) and the rejected (loser), pi the policy we train,
+# pi_ref the frozen reference, r the reward, s(z) = 1 / (1 + e^-z) the logistic function.
+#
+# (1) The objective of RLHF [Eq 3]: much reward, little departure from the reference. beta prices the departure.
+#         max_pi  E_{y~pi}[ r(x,y) ] - beta KL( pi(.|x) || pi_ref(.|x) )                     [test_rlhf_objective_optimum]
+#
+# (2) Its exact solution [Eq 4]. Write both terms as one expectation and divide by -beta:
+#         E_pi[ r - beta log(pi/pi_ref) ]  =  -beta E_pi[ log( pi / (pi_ref e^{r/beta}) ) ].
+#     Let Z(x) = sum_y pi_ref(y|x) e^{r(x,y)/beta}. Then pi*(y|x) = pi_ref(y|x) e^{r(x,y)/beta} / Z(x) is a distribution,
+#     and the objective equals  -beta KL(pi || pi*) + beta log Z(x).  Z does not depend on pi, and a KL is smallest, zero,
+#     where its arguments agree. So pi* is the optimum and beta log Z(x) its value.           [test_closed_form_optimum]
+#     Why not stop here? Z sums over every completion there is: pi* is known, but cannot be sampled from.
+#
+# (3) Read (2) backwards [Eq 5]: a policy *is* a reward, up to a term that only the prompt knows.
+#         r(x,y) = beta log( pi*(y|x) / pi_ref(y|x) ) + beta log Z(x)                                [test_reward_inverts]
+#
+# (4) Preferences see only differences of reward, by the Bradley-Terry model:
+#         p(y_w > y_l | x) = s( r(x,y_w) - r(x,y_l) ).
+#     Put (3) in: beta log Z(x) stands in both rewards and cancels [Eq 6].            [test_partition_function_cancels]
+#     By the same token, adding any f(x) to r changes neither p nor pi* [Lemmas 1, 2].               [test_reward_shift]
+#
+# (5) Maximum likelihood of the labels, with the policy as the only unknown [Eq 7]. Let
+#         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   h = d_w - d_l:
+#         L_DPO = -E[ log s( beta h ) ]                                        [test_loss_is_the_bradley_terry_likelihood]
+#     At the start pi = pi_ref, so h = 0 and the loss is log 2 = 0.6931 whatever the data.   [test_loss_starts_at_log_2]
+#
+# The gradient, by hand. Let z = beta h. Since d/dz log s(z) = 1 - s(z) = s(-z), the chain rule gives
+#
+# (6)     grad L = -beta  s(r^_l - r^_w)  ( grad log pi(y_w|x)  -  grad log pi(y_l|x) ),     r^ = beta log(pi/pi_ref)
+#                        \___________/      \________________/      \________________/
+#                        how wrong the      make the chosen         make the rejected
+#                        ranking still is   likelier                unlikelier           [test_loss_gradient_by_hand]
+#
+#     The reference has no gradient: it enters through the weight alone. The weight is near 1 on a pair ranked wrongly,
+#     1/2 at the start, near 0 once the margin r^_w - r^_l is several nats: a pair that is learnt lets go.
+#                                                                                           [test_loss_gradient_weight]
+#     Without it, -log pi(y_w) + alpha log pi(y_l) (unlikelihood) pushes log pi(y_l) down for ever, far past any margin the
+#     labels ask for, and since all completions share one network, grammar goes with it: the "Unlikelihood" row of the table.
+#                                                                                    [test_loss_unlikelihood_never_lets_go]
+# In the tests each of these lines is checked with every completion enumerated. On to the code: (5) is one line of it.
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             beta=0.1, label_smoothing=0.0):
+    """The DPO loss of a batch of pairs, and the rewards that the policy implies.
+
+    All arguments (B,): log-probabilities in nats, *summed* over the tokens of a completion, EOS included, prompt excluded.
+    beta: the weight of the KL in the objective (1), in reward units per nat. Large beta stays near the reference.
+    label_smoothing: the chance that a label is flipped, in [0, 0.5) (conservative DPO; 0 is the paper's loss).
+    Returns losses (B,), chosen_rewards (B,), rejected_rewards (B,): rewards are beta * log-ratio, detached, for logging.
+    Source: arXiv 2305.18290, Eq 7.
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps          # d_w
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps    # d_l
+    logits = beta * (chosen_logratios - rejected_logratios)                  # beta h
+    # logsigmoid, never log(sigmoid): at logits = -200 the sigmoid is 0 in float32 and its log -inf
+    losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
+
+
+def plackett_luce_loss(policy_logps, reference_logps, beta):
+    """DPO for rankings of K completions: -log of the probability that the Plackett-Luce model gives the ranking.
+
+    policy_logps, reference_logps (B,K): summed log-probs, best completion first. Returns (B,). K = 2 is the DPO loss.
+    The model picks the best of K with probability softmax(r), then the best of the remaining K-1, and so on:
+    -sum_k log( exp(b_k) / sum_{j>=k} exp(b_j) ),  b = beta log(pi/pi_ref).  Source: arXiv 2305.18290, App A.3.
+    """
+    rewards = beta * (policy_logps - reference_logps)                        # b (B,K)
+    still_to_rank = rewards.flip(-1).logcumsumexp(-1).flip(-1)               # log sum_{j>=k} exp(b_j)
+    return (still_to_rank - rewards).sum(-1)
+
+
+def train_preferences(model, reference, pairs: Pairs, training: Training, loss: str = "dpo", beta: float = 0.1, stage=None, hyper=None, **options):
+    """Train `model` in place by LOSSES[loss] against the frozen `reference`; return the history.
+
+    The reference never changes, so it is asked once, before the first step, and can be forgotten then.
+    """
+    device, rows = next(model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
+    reference_logps = completion_logps(reference, pairs.prompts, pairs.completions).to(device)        # (R,)
+    lengths = torch.tensor([len(completion) for completion in pairs.completions], device=device)
+
+    def preference_loss(model, batch):
+        w, l = batch["chosen"], batch["rejected"]                                # each pair's places among the batch's rows
+        logps, ref, length = sequence_logps(model, batch["tokens"], batch["mask"]), reference_logps[batch["rows"]], lengths[batch["rows"]]
+        losses = LOSSES[loss](logps[w], logps[l], ref[w], ref[l], beta=beta, chosen_lengths=length[w], rejected_lengths=length[l], **(hyper or {}))
+        _, chosen_rewards, rejected_rewards = dpo_loss(logps[w], logps[l], ref[w], ref[l], beta)
+        margins = chosen_rewards - rejected_rewards
+        return losses.sum(), {"chosen_reward": chosen_rewards.sum(), "rejected_reward": rejected_rewards.sum(),
+                              "margin": margins.sum(), "accuracy": (margins > 0).sum()}
+    return fit(stage or loss, model, lambda step: pair_batches(pairs, rows(step), training.micro_batch, device), preference_loss, training, **options)
+
+
+# ======================================================================================================================
+# 9. The family of losses
+# ======================================================================================================================
+# Each takes the four (B,) vectors of summed log-probs and returns (B,). In the comments: d_w, d_l, h as in section 8,
+# e = label_smoothing, |y| the number of tokens. What beta means differs, so it is said at each loss.
+
+
+def _dpo(pc, pr, rc, rr, *, beta, **_):
+    # -log s(beta h)                                          beta: weight of the KL                     [2305.18290 Eq 7]
+    return dpo_loss(pc, pr, rc, rr, beta)[0]
+
+
+def _cdpo(pc, pr, rc, rr, *, beta, label_smoothing=0.1, **_):
+    # -(1-e) log s(beta h) - e log s(-beta h)                 least where s(beta h) = 1-e   [E. Mitchell, note on cDPO, 2023]
+    return dpo_loss(pc, pr, rc, rr, beta, label_smoothing)[0]
+
+
+def _robust(pc, pr, rc, rr, *, beta, label_smoothing=0.1, **_):
+    # [-(1-e) log s(beta h) + e log s(-beta h)] / (1-2e)      unbiased if a share e < 1/2 of the labels is flipped;
+    h = (pc - rc) - (pr - rr)                               # unbounded below                             [2403.00409]
+    return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
+
+
+def _ipo(pc, pr, rc, rr, *, beta, **_):
+    # (h - 1/(2 tau))^2                                       beta is tau; sums, as in the paper      [2310.12036 Eq 17]
+    return ((pc - rc) - (pr - rr) - 1 / (2 * beta)).square()
+
+
+def _hinge(pc, pr, rc, rr, *, beta, **_):
+    # max(0, 1 - beta h)                                      SLiC's hinge on DPO's margin, as RSO has it  [2309.06657]
+    return F.relu(1 - beta * ((pc - rc) - (pr - rr)))
+
+
+def _exo(pc, pr, rc, rr, *, beta, label_smoothing=1e-3, **_):
+    # KL( (q, 1-q) || (1-e, e) ),  q = s(beta h)              the reverse KL: seeks modes; needs e > 0  [2402.00856 Eq 16]
+    z, e = beta * ((pc - rc) - (pr - rr)), label_smoothing
+    return z.sigmoid() * (F.logsigmoid(z) - math.log(1 - e)) + (-z).sigmoid() * (F.logsigmoid(-z) - math.log(e))
+
+
+def _chipo(pc, pr, rc, rr, *, beta, r_max=10.0, **_):
+    # -log s( clip_{+-2R}[ beta phi(e^{d_w}) - beta phi(e^{d_l}) ] ),  phi(z) = z + log z          [2407.13399 Eq 9]
+    # exp is held at e^40: beyond it the clip has long cut the gradient, and float32 would overflow
+    phi = lambda d: d.clamp(max=40).exp() + d
+    return -F.logsigmoid((beta * (phi(pc - rc) - phi(pr - rr))).clamp(-2 * r_max, 2 * r_max))
+
+
+def _rpo(pc, pr, rc, rr, *, beta, eta=0.005, **_):
+    # -log s(beta h) - eta beta log pi(y_w)                   the SFT term guards against over-optimising  [2405.16436]
+    return dpo_loss(pc, pr, rc, rr, beta)[0] - eta * beta * pc
+
+
+def _minor(pc, pr, rc, rr, *, beta, **_):
+    # -log s( beta (d_w - max(0, d_l)) )                      no push down once below the reference        [2408.09834]
+    return -F.logsigmoid(beta * ((pc - rc) - F.relu(pr - rr)))
+
+
+def _orpo(pc, pr, rc=None, rr=None, *, beta=0.1, chosen_lengths, rejected_lengths, lam=None, **_):
+    # -log P_w - lam log s( log odds_w - log odds_l ),  odds = P/(1-P),  log P = log pi(y) / |y|           [2403.07691]
+    # no reference; beta is only the default of lam, the weight of the odds term
+    def log_odds(logp):                                       # log P - log(1-P); log1p or expm1, whichever is exact here
+        logp = logp.clamp(max=-1e-6)                          # P = 1 has infinite odds
+        near_one = logp > -0.6931
+        return logp - torch.where(near_one, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp.clamp(max=-0.1))))
+    logp_w, logp_l = pc / chosen_lengths, pr / rejected_lengths
+    return -logp_w - (beta if lam is None else lam) * F.logsigmoid(log_odds(logp_w) - log_odds(logp_l))
+
+
+def _simpo(pc, pr, rc=None, rr=None, *, beta, chosen_lengths, rejected_lengths, gamma=0.5, **_):
+    # -log s( beta/|y_w| log pi_w - beta/|y_l| log pi_l - gamma )   no reference; beta 2 to 10 is a scale  [2405.14734]
+    return -F.logsigmoid(beta * (pc / chosen_lengths - pr / rejected_lengths) - gamma)
+
+
+def _unlikelihood(pc, pr, rc=None, rr=None, *, alpha=0.1, **_):
+    # -log pi(y_w) + alpha log pi(y_l)                        no weight, no bound: see (6)          [2305.18290 App C.3]
+    return -pc + alpha * pr
+
+
+def _sft(pc, pr=None, rc=None, rr=None, **_):
+    # -log pi(y_w)                                            Preferred-FT: imitate the chosen          [2305.18290 s. 6]
+    return -pc
+
+
+LOSSES = {"dpo": _dpo, "cdpo": _cdpo, "robust": _robust, "ipo": _ipo, "hinge": _hinge, "exo": _exo, "chipo": _chipo, "rpo": _rpo,
+          "minor": _minor, "orpo": _orpo, "simpo": _simpo, "unlikelihood": _unlikelihood, "sft": _sft}
+
+
+# ======================================================================================================================
+# 10. The baseline: RLHF with a reward model and PPO
+# ======================================================================================================================
+# What DPO does without: first a reward model by maximum likelihood of the labels, then reinforcement learning of
+# objective (1) against it. The two losses side by side: DPO's is -log s of a difference of log-ratios, the reward model's
+# is -log s of a difference of scores. It is the same regression; only the function that gets fitted is another one.
+
+
+def last_response_token(mask):
+    """(B,T) bool, true once a row: at the last token where mask is 1. It comes from lengths, so padding cannot move it."""
+    mask = mask.bool()
+    return mask & ~F.pad(mask[:, 1:], (0, 1))
+
+
+def reward_scores(reward_model, tokens, mask):
+    """The reward model's score of each row, read at the response's last token. tokens, mask (B,T) -> (B,)."""
+    return reward_model(tokens, last_response_token(mask)).squeeze(-1)
+
+
+def train_reward_model(reward_model, pairs: Pairs, training: Training, **options):
+    """Fit a GPT with one output by maximum likelihood under Bradley-Terry: -log s(score_w - score_l). In place; returns the history."""
+    device, rows = next(reward_model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
+
+    def loss(model, batch):
+        scores = reward_scores(model, batch["tokens"], batch["mask"])
+        margins = scores[batch["chosen"]] - scores[batch["rejected"]]
+        return -F.logsigmoid(margins).sum(), {"accuracy": (margins > 0).sum()}
+    return fit("reward model", reward_model, lambda step: pair_batches(pairs, rows(step), training.micro_batch, device), loss, training, **options)
+
+
+def score_completions(reward_model, prompts: list, completions: list) -> torch.Tensor:
+    """Scores of lists of ids, without gradient -> (n,)."""
+    return in_batches(lambda tokens, mask: reward_scores(reward_model, tokens, mask), reward_model, prompts, completions)
+
+
+# PPO. The policy's move is the next token, its state the text so far. In numbers:
+#   1. sample completions from the policy at temperature 1: no top-k, or stored and new log-probs would speak of different policies;
+#   2. score them: r(x,y) at the last token; a completion without EOS scores `missing_eos`;
+#   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). Its sum over the completion is objective (1);
+#   4. advantages by GAE, returns = advantages + values, and only then whitened advantages;
+#   5. a few epochs of clipped steps on the batch;
+#   6. with an adaptive KL, adjust beta towards the target.
+
+
+@dataclass
+class PPO:
+    """Settings of PPO, after Ziegler et al. and `lm-human-preference-details`."""
+    beta: float = 0.1                   # weight of the KL, in reward units per nat
+    rollout: int = 256                  # completions per update; small batches hurt (2404.10719)
+    epochs: int = 4                     # passes over a rollout
+    minibatch: int = 128                # completions per optimiser step
+    max_new_tokens: int = 48
+    gamma: float = 1.0                  # no discount: a review's end counts as much as its beginning
+    lam: float = 0.95                   # GAE: 1 is the whole return (unbiased), 0 the critic's word (low variance)
+    clip: float = 0.2                   # the ratio's range 1 +- clip
+    value_clip: float = 0.2
+    value_weight: float = 0.1
+    missing_eos: float = -1.0           # score of a completion that did not end
+    target_kl: float | None = None      # None: beta stays fixed; a number of nats: beta adapts until the KL is this
+    kl_horizon: int = 10_000            # how fast it adapts, in completions
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation. rewards, values, mask (B,T) -> advantages, returns (B,T), 0 where mask is 0.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; behind the last token both are 0.
+    Source: arXiv 1506.02438.
+    """
+    mask = mask.to(values.dtype)
+    rewards, values = rewards * mask, values * mask
+    advantages, A, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        A = (delta + gamma * lam * A) * mask[:, t]
+        advantages[:, t], next_value = A, values[:, t]
+    return advantages, advantages + values
+
+
+def whiten(x, mask):
+    """Mean 0 and standard deviation 1 over the places where mask is 1; 0 elsewhere."""
+    kept = x[mask.bool()]
+    return (x - kept.mean()) / (kept.std(unbiased=False) + 1e-8) * mask
+
+
+def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
+    """PPO's two losses per token, all (B,T), 0 where mask is 0. Source: arXiv 1707.06347, Eq 7.
+
+    policy: -min( ratio A, clip(ratio, 1-clip, 1+clip) A ), ratio = pi/pi_old. Once the ratio has moved past the clip in the
+    direction that A asks for, the gradient of that token is exactly zero.
+    value: 1/2 max( (V - R)^2, (clip(V, V_old +- value_clip) - R)^2 ).
+    """
+    ratio = (logps - old_logps).exp()
+    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    value_loss = 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square())
+    return policy_loss * mask, value_loss * mask, ratio
+
+
+def adapt_beta(beta, kl, target, n, horizon):
+    """Ziegler et al.'s controller: raise beta where the KL is above target, lower it below, by 20% of n/horizon at most."""
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+
+
+def kl_estimates(policy_logps, reference_logps):
+    """Two estimates per sample y ~ pi of KL(pi || pi_ref), from lr = log pi(y) - log pi_ref(y): both are unbiased.
+
+    k1 = lr has the larger variance and may be negative; k3 = e^-lr - 1 + lr never is. Beware: with the sign of lr
+    reversed, k3's mean is another divergence. Source: J. Schulman, "Approximating KL divergence", 2020.
+    """
+    lr = policy_logps - reference_logps
+    return lr, torch.expm1(-lr) + lr
+
+
+@torch.no_grad()
+def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: float):
+    """Steps 1 to 4: a batch of experience. prompts: lists of ids; reward(prompts, completions) -> (n,). Returns tensors and statistics."""
+    device = next(policy.parameters()).device
+    completions = generate(policy, prompts, ppo.max_new_tokens)                                                   # 1
+    scores = reward(prompts, completions).to(device)                                                              # 2
+    ended = torch.tensor([c[-1] == policy.config.eos_token_id for c in completions], device=device)
+    scores = torch.where(ended, scores, ppo.missing_eos)
+    tokens, mask = pad(prompts, completions, device)
+    logps, ref = token_logps(policy, tokens, mask), token_logps(reference, tokens, mask)
+    values = token_values(critic, tokens, mask)
+    rewards = -beta * (logps - ref)                                                                               # 3
+    rewards[last_response_token(mask)] += scores
+    advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)                                          # 4
+    statistics = {"reward": scores.mean().item(), "kl": (logps - ref).sum(1).mean().item(), "beta": beta,
+                  "length": mask.sum(1).float().mean().item()}
+    return {"tokens": tokens, "mask": mask, "old_logps": logps, "old_values": values, "returns": returns,
+            "advantages": whiten(advantages, mask)}, statistics, completions
+
+
+def token_values(critic, tokens, mask):
+    """The critic's value of the text before each response token: V is read where that token is predicted. (B,T), 0 elsewhere."""
+    values = critic(tokens, predicting(mask)).squeeze(-1)
+    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(predicted(mask), values)
+
+
+def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, training: Training, stage="PPO", watch_rewards=None, **options):
+    """Train `policy` and `critic` (a GPT with one output) in place on objective (1); return the history.
+
+    prompts: lists of ids, drawn anew for each rollout. reward(prompts, completions) -> (n,), any function of the ids.
+    training.steps counts optimiser steps: each rollout serves epochs * rollout / minibatch of them.
+    """
+    rng, state = np.random.default_rng(training.seed), {"beta": ppo.beta}
+    per_rollout = ppo.epochs * (ppo.rollout // ppo.minibatch)
+
+    def batches(step):
+        if step % per_rollout == 0:
+            chosen = [prompts[i] for i in rng.integers(len(prompts), size=ppo.rollout)]
+            state["data"], state["statistics"], completions = ppo_rollout(policy, critic, reference, chosen, reward, ppo, state["beta"])
+            if watch_rewards:
+                state["statistics"].update(watch_rewards(chosen, completions))
+            if ppo.target_kl:                                                                                     # 6
+                state["beta"] = adapt_beta(state["beta"], state["statistics"]["kl"], ppo.target_kl, ppo.rollout, ppo.kl_horizon)
+        if step % (ppo.rollout // ppo.minibatch) == 0:
+            state["order"] = rng.permutation(ppo.rollout)
+        start = step % (ppo.rollout // ppo.minibatch) * ppo.minibatch
+        minibatch = {name: tensor[state["order"][start:start + ppo.minibatch]] for name, tensor in state["data"].items()}
+        return [{**minibatch, "count": int(minibatch["mask"].sum())}]
+
+    def loss(models, batch):                                                                                      # 5
+        logps = token_logps(models["policy"], batch["tokens"], batch["mask"])
+        values = token_values(models["critic"], batch["tokens"], batch["mask"])
+        policy_loss, value_loss, ratio = ppo_losses(logps, batch["old_logps"], batch["advantages"], values, batch["old_values"],
+                                                    batch["returns"], batch["mask"], ppo.clip, ppo.value_clip)
+        total = (policy_loss + ppo.value_weight * value_loss).sum()
+        moved = ((ratio - 1).abs() * batch["mask"]).sum()
+        return total, {"policy_loss": policy_loss.sum(), "value_loss": value_loss.sum(), "ratio_moved": moved,
+                       **{name: value * batch["count"] for name, value in state["statistics"].items()}}
+    return fit(stage, nn.ModuleDict({"policy": policy, "critic": critic}), batches, loss, training, **options)
+
+
+# ======================================================================================================================
+# 11. Evaluation: what is the best that any method could do, and how near does each come?
+# ======================================================================================================================
+# (2) gives the best policy at every beta: pi* = pi_ref e^{r/beta} / Z. With K samples of the reference per prompt, all of it
+# can be estimated without training anything:
+#     E_{pi*}[r]          = sum_k softmax(r/beta)_k r_k
+#     KL(pi* || pi_ref)   = E_{pi*}[r]/beta - log mean_k e^{r_k/beta}                               [test_analytic_limit]
+# As beta falls these trace the analytic limit: at its KL, no policy has more reward.
+
+
+@dataclass
+class Frontier:
+    """Rewards of K reference samples for each of P held-out prompts, and the limit curve they imply on a grid of G betas."""
+    rewards: np.ndarray                 # (P, K)
+    betas: np.ndarray                   # (G,) falling, so that the KL rises
+    kl: np.ndarray                      # (P, G) nats
+    reward: np.ndarray                  # (P, G)
+
+    def at_kl(self, kl, prompts=slice(None)):
+        """The limit's reward at a mean KL over the prompts; beyond the grid, the best that K samples hold."""
+        return np.interp(kl, self.kl[prompts].mean(0), self.reward[prompts].mean(0))
+
+    def at_beta(self, beta):
+        """The (KL, reward) that theory predicts for RLHF or DPO at this beta."""
+        kl, reward = analytic_limit(self.rewards, [beta])
+        return float(kl.mean()), float(reward.mean())
+
+    def efficiency(self, kl, reward, prompts=slice(None)):
+        """(reward - reference reward) / (limit's reward at the same KL - reference reward). kl, reward (P,), per prompt."""
+        base = self.rewards[prompts].mean()
+        return (reward[prompts].mean() - base) / (self.at_kl(kl[prompts].mean(), prompts) - base)
+
+
+def analytic_limit(rewards, betas):
+    """rewards (P,K) of reference samples, betas (G,) -> kl (P,G) in nats, reward (P,G) of pi_ref e^{r/beta}/Z."""
+    kl, reward = [], []
+    for beta in betas:
+        scaled = rewards / beta
+        top = scaled.max(1, keepdims=True)                                       # for a stable log-mean-exp
+        weights = np.exp(scaled - top)
+        expected = (weights * rewards).sum(1) / weights.sum(1)
+        reward.append(expected)
+        kl.append(expected / beta - np.log(weights.mean(1)) - top[:, 0])
+    return np.stack(kl, 1), np.stack(reward, 1)
+
+
+def build_frontier(rewards) -> Frontier:
+    """The limit curve of rewards (P,K), on betas from far above the rewards' spread to far below."""
+    betas = rewards.std() * np.geomspace(30, 0.03, 120)
+    return Frontier(rewards, betas, *analytic_limit(rewards, betas))
+
+
+def frontier_error(frontier: Frontier, kl: float) -> float:
+    """Relative error of the limit's gain at this KL, from its own samples: the two halves of each prompt's K samples give two
+    curves whose bias is about twice the whole's, so |whole - mean of halves| estimates the bias that is left."""
+    half = frontier.rewards.shape[1] // 2
+    halves = [build_frontier(part) for part in (frontier.rewards[:, :half], frontier.rewards[:, half:])]
+    base, whole = frontier.rewards.mean(), frontier.at_kl(kl)
+    return float(abs(whole - np.mean([f.at_kl(kl) for f in halves])) / (whole - base))
+
+
+def best_of_n(rewards, n: int):
+    """Reward and KL of "sample n, keep the best", from rewards (P,K) -> (P,), (P,), without further sampling.
+
+    Sorted rewards u_1 <= ... <= u_K: the best of n draws falls on rank k with probability (k/K)^n - ((k-1)/K)^n. Equal rewards
+    are one level, within which the choice is as the reference's: so KL = sum over levels P_best log(P_best / P_ref), which the
+    well-known log n - (n-1)/n bounds from above.
+    """
+    reward, kl = np.empty(len(rewards)), np.empty(len(rewards))
+    for i, row in enumerate(rewards):
+        levels, counts = np.unique(row, return_counts=True)
+        cdf = np.concatenate([[0.0], counts.cumsum() / len(row)])
+        best = cdf[1:] ** n - cdf[:-1] ** n
+        reward[i] = best @ levels
+        kl[i] = (best * np.log(np.maximum(best, 1e-300) / (counts / len(row)))).sum()
+    return reward, kl
+
+
+def standard_error(values) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def summarise(frontier: Frontier, kl, reward, seed=0, **more) -> dict:
+    """One method's row: kl, reward (P,) per held-out prompt, with standard errors over prompts.
+
+    The efficiency's error is a bootstrap over prompts; since policy and limit are compared on the same prompts, what
+    the prompts have in common cancels. At a KL that cannot be told from 0 there is no efficiency (None).
+    """
+    rng, efficiency, efficiency_se = np.random.default_rng(seed), None, None
+    if kl.mean() > 3 * standard_error(kl) and kl.mean() > 0.01:
+        efficiency = float(frontier.efficiency(kl, reward))
+        draws = [rng.integers(len(kl), size=len(kl)) for _ in range(200)]
+        efficiency_se = float(np.std([frontier.efficiency(kl, reward, draw) for draw in draws]))
+    return {"reward": float(reward.mean()), "reward_se": standard_error(reward), "kl": float(kl.mean()), "kl_se": standard_error(kl),
+            "efficiency": efficiency, "efficiency_se": efficiency_se, **more}
+
+
+def judge(tokenizer, prompts: list, completions: list) -> dict:
+    """The truth about completions. prompts: P pairs (prompt, reference completion); completions: P*S lists of ids, S of each
+    prompt in a row. Returns (P,S) arrays: gold reward; win, whether it beats the reference completion (a tie is half a win);
+    grammatical; length in tokens, EOS included."""
+    S = len(completions) // len(prompts)
+    texts = [(prompts[i // S][0], decode(tokenizer, completion)) for i, completion in enumerate(completions)]
+    reward = np.array([gold_reward(*text) for text in texts]).reshape(-1, S)
+    target = np.array([gold_reward(*pair) for pair in prompts])[:, None]
+    return {"reward": reward, "win": (reward > target) + 0.5 * (reward == target), "length": np.array([len(c) for c in completions]).reshape(-1, S),
+            "grammatical": np.array([is_grammatical(prompt + text) for prompt, text in texts]).reshape(-1, S)}
+
+
+def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, samples: int, max_new_tokens: int, temperature=1.0, progress=None):
+    """Sample the policy on held-out prompts and measure it against the truth: one method's row.
+
+    The KL is the mean of log pi - log pi_ref over the policy's own samples: k1, unbiased, in nats per completion.
+    """
+    ids = [encode(tokenizer, prompt) for prompt, _ in prompts for _ in range(samples)]
+    completions = generate(policy, ids, max_new_tokens, temperature, progress=progress)
+    kl = (completion_logps(policy, ids, completions) - completion_logps(reference, ids, completions)).numpy()
+    judged = {name: values.mean(1) for name, values in judge(tokenizer, prompts, completions).items()}          # (P,) each
+    return summarise(frontier, kl.reshape(-1, samples).mean(1), judged["reward"], win_rate=float(judged["win"].mean()),
+                     grammatical=float(judged["grammatical"].mean()), length=float(judged["length"].mean()))
+
+
+# ======================================================================================================================
+# 12. The command line
+# ======================================================================================================================
+
+VOCAB_SIZE, BLOCK_SIZE, MAX_NEW_TOKENS, BETA = 576, 96, 56, 1.0
+
+
+@dataclass
+class Scale:
+    """How large the demonstration is: precision against seconds."""
+    sft_steps: int = 2400
+    prompts: int = 16384                # 4 completions each, so 6 pairs
+    preference_steps: int = 1024        # of 96 pairs: one pass over 98,304
+    baseline_steps: int = 256           # Preferred-FT, Unlikelihood, reward model
+    ppo_rollouts: int = 40
+    held_out: int = 96                  # prompts of the evaluation
+    samples: int = 32                   # completions of each, per method
+    limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
+
+
+FAST = Scale(sft_steps=800, prompts=2048, preference_steps=128, baseline_steps=64, ppo_rollouts=8, held_out=48, samples=16, limit_samples=256)
+
+
+@dataclass
+class World:
+    """All that the methods share: the SFT policy, its preferences, and the truth they are measured against."""
+    tokenizer: tiktoken.Encoding
+    reference: GPT
+    prompts: list                       # ids, for PPO
+    pairs: Pairs
+    bayes_accuracy: float
+    held_out: list                      # (prompt, reference completion)
+    frontier: Frontier
+    wins: np.ndarray                    # (P, K) whether a reference sample beats the reference completion
+    grammatical: np.ndarray             # (P, K)
+    lengths: np.ndarray                 # (P, K)
+    history: list                       # of SFT
+    seconds: dict
+
+
+def make_world(scale: Scale, seed: int) -> World:
+    """Corpus, tokenizer, SFT, preferences, and the analytic limit on held-out prompts."""
+    torch.manual_seed(seed)
+    rng, started, seconds = random.Random(seed), time.time(), {}
+
+    def lap(stage):
+        seconds[stage] = time.time() - started - sum(seconds.values())
+    corpus = [sample_review(rng, "meal" if rng.random() < 0.15 else "film") for _ in tqdm(range(32 * scale.sft_steps), desc="corpus", leave=False)]
+    tokenizer = train_tokenizer(corpus[:10_000], VOCAB_SIZE)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPT(GPTConfig(tokenizer.n_vocab, BLOCK_SIZE, n_layer=2, n_head=2, n_embd=64)).to(device)
+    texts = [encode(tokenizer, text) + [tokenizer.eot_token] for text in corpus]
+    lap("corpus and tokenizer")
+    history = train_sft(model, texts, Training(scale.sft_steps, 7e-3, batch_size=32, seed=seed))
+    lap("SFT")
+    prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
+    preferences, bayes_accuracy = sample_preferences(model, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, seed=seed)
+    pairs = encode_pairs(tokenizer, preferences, BLOCK_SIZE)
+    lap("preferences")
+    held_out, K = sample_prompts(seed + 2000, scale.held_out, held_out=True), scale.limit_samples
+    ids = [encode(tokenizer, prompt) for prompt, _ in held_out for _ in range(K)]
+    completions = generate(model, ids, MAX_NEW_TOKENS, progress="analytic limit")
+    judged = judge(tokenizer, held_out, completions)
+    lap("analytic limit")
+    return World(tokenizer, model, [encode(tokenizer, prompt) for prompt in prompts], pairs, bayes_accuracy, held_out,
+                 build_frontier(judged["reward"]), judged["win"], judged["grammatical"], judged["length"], history, seconds)
+
+
+def run_preferences(world: World, scale: Scale, loss="dpo", beta=BETA, steps=None, n_pairs=None, seed=0, stage="DPO", **hyper):
+    """A copy of the SFT policy trained on the world's preferences -> policy, history."""
+    policy, pairs = copy.deepcopy(world.reference), world.pairs
+    if n_pairs:
+        pairs = replace(pairs, **{name: getattr(pairs, name)[:n_pairs] for name in ("chosen", "rejected", "prompt_index")})
+    training = Training(steps or scale.preference_steps, 1e-3, batch_size=96, seed=seed)
+    watch = functools.partial(look, policy, world)
+    return policy, train_preferences(policy, world.reference, pairs, training, loss, beta, stage, hyper, watch=watch, watch_every=training.steps // 8)
+
+
+def look(policy, world: World, n: int = 256) -> dict:
+    """A quick look at a policy in training: KL and length on n samples."""
+    prompts = world.prompts[:n]
+    completions = generate(policy, prompts, MAX_NEW_TOKENS)
+    kl = completion_logps(policy, prompts, completions) - completion_logps(world.reference, prompts, completions)
+    return {"kl": kl.mean().item(), "length": float(np.mean([len(c) for c in completions]))}
+
+
+def run_reward_model(world: World, scale: Scale, seed=0):
+    """A reward model on the world's preferences -> model, history."""
+    reward_model = GPT(world.reference.config, n_outputs=1).to(next(world.reference.parameters()).device)
+    reward_model.load_state_dict(world.reference.state_dict(), strict=False)     # all but the head starts from SFT
+    return reward_model, train_reward_model(reward_model, world.pairs, Training(scale.baseline_steps, 1e-3, batch_size=384, seed=seed))
+
+
+def run_ppo(world: World, scale: Scale, reward_model=None, beta=BETA, seed=0, stage="PPO-GT"):
+    """PPO from the SFT policy, on the reward model or, without one, on the gold reward -> policy, history.
+
+    Rewards are normalised to mean 0 and standard deviation 1 on reference samples, and beta is divided by the same number:
+    so beta means what it means in DPO.
+    """
+    torch.manual_seed(seed)
+    policy, critic = copy.deepcopy(world.reference), GPT(world.reference.config, n_outputs=1).to(next(world.reference.parameters()).device)
+    critic.load_state_dict(world.reference.state_dict(), strict=False)           # its zero head values everything at 0
+
+    def gold(prompts, completions):
+        return torch.tensor([gold_reward(decode(world.tokenizer, p), decode(world.tokenizer, c)) for p, c in zip(prompts, completions)])
+
+    def learnt(prompts, completions):
+        return score_completions(reward_model, prompts, completions)
+    raw = gold if reward_model is None else learnt
+    sample = raw([p.tolist() for p in world.pairs.prompts[:4096]], [c.tolist() for c in world.pairs.completions[:4096]])
+    mean, std = sample.mean(), sample.std()
+    watch = lambda prompts, completions: {"gold_reward": gold(prompts, completions).mean().item(), "proxy_reward": raw(prompts, completions).mean().item()}
+    ppo = PPO(beta=beta / std.item(), max_new_tokens=MAX_NEW_TOKENS)
+    steps = scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch
+    return policy, train_ppo(policy, critic, world.reference, world.prompts, lambda p, c: (raw(p, c) - mean) / std, ppo,
+                             Training(steps, 1e-3, seed=seed), stage, watch)
+
+
+def run_best_of_n(world: World, n: int) -> dict:
+    """Best-of-N's row, from the samples of the limit: nothing is trained."""
+    reward, kl = best_of_n(world.frontier.rewards, n)
+    groups = world.frontier.rewards[:, :world.frontier.rewards.shape[1] // n * n].reshape(len(reward), -1, n)
+    best = groups.argmax(-1)[..., None]                                          # (P, K/n, 1)
+    pick = lambda flags: float(np.take_along_axis(flags[:, :groups.shape[1] * n].reshape(groups.shape), best, -1).mean())
+    return summarise(world.frontier, kl, reward, win_rate=pick(world.wins), grammatical=pick(world.grammatical), length=pick(world.lengths))
+
+
+def demonstrate(scale: Scale, seed: int, out: Path, fast: bool) -> dict:
+    """Every method of the paper's first figure, trained and measured in one go; writes summary.json and two figures to `out`."""
+    started = time.time()
+    world = make_world(scale, seed)
+    evaluate_on = lambda policy, name: evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, scale.samples, MAX_NEW_TOKENS, progress=name)
+    methods, histories = {}, {"SFT": world.history}
+    base = world.frontier.rewards.mean(1)
+    methods["SFT"] = summarise(world.frontier, np.zeros(len(base)), base, win_rate=float(world.wins.mean()), grammatical=float(world.grammatical.mean()),
+                               length=float(world.lengths.mean()), seconds=world.seconds["SFT"])
+    for n in (4, 16, 64):
+        methods[f"Best-of-{n}"] = {**run_best_of_n(world, n), "seconds": 0.0}
+    lap = time.time()
+    reward_model, histories["reward model"] = run_reward_model(world, scale, seed)
+    reward_model_seconds = time.time() - lap
+    runs = {"Preferred-FT": lambda: run_preferences(world, scale, "sft", steps=scale.baseline_steps, seed=seed, stage="Preferred-FT"),
+            "Unlikelihood": lambda: run_preferences(world, scale, "unlikelihood", steps=scale.baseline_steps, seed=seed, stage="Unlikelihood", alpha=0.3),
+            "PPO-RM": lambda: run_ppo(world, scale, reward_model, seed=seed, stage="PPO-RM"),
+            "PPO-GT": lambda: run_ppo(world, scale, seed=seed, stage="PPO-GT"),
+            "DPO": lambda: run_preferences(world, scale, seed=seed)}
+    policies = {"SFT": world.reference}
+    for name, run in runs.items():
+        lap = time.time()
+        policies[name], histories[name] = run()
+        seconds = time.time() - lap + (reward_model_seconds if name == "PPO-RM" else 0)
+        methods[name] = {**evaluate_on(policies[name], name), "seconds": seconds}
+
+    accuracy, bayes = reward_model_accuracy(reward_model, world, seed)
+    theory = dict(zip(("kl", "reward"), world.frontier.at_beta(BETA)))
+    largest_kl = max(row["kl"] for name, row in methods.items() if name != "Unlikelihood")
+    summary = {"methods": methods, "frontier": frontier_points(world.frontier), "theory": theory,
+               "checks": {"frontier_error": {f"{kl:g}": frontier_error(world.frontier, kl) for kl in (0.3, 1, 3, largest_kl)},
+                          "dpo_first_loss_minus_log_2": histories["DPO"][0]["loss"] - math.log(2),
+                          "ppo_first_ratio_minus_1": histories["PPO-GT"][0]["ratio_moved"],
+                          "reward_model_accuracy": accuracy, "bayes_accuracy": bayes},
+               "config": {**asdict(scale), "beta": BETA, "seed": seed, "fast": fast, "parameters": sum(p.numel() for p in world.reference.parameters())},
+               "world_seconds": world.seconds, "seconds": 0.0}
+    out.mkdir(parents=True, exist_ok=True)
+    plot_frontier(world.frontier, methods, theory, out / "frontier.png", "fast run: fewer samples, less training" if fast else None)
+    plot_training(histories, out / "training.png")
+    summary["seconds"] = time.time() - started
+    write_json(out / "summary.json", summary)
+    print_examples(policies, world, seed)
+    print_table(methods)
+    print(f"\nTheory puts DPO and RLHF at beta {BETA:g} at KL {theory['kl']:.2f}, reward {theory['reward']:.2f}. "
+          f"Limit estimated to {100 * summary['checks']['frontier_error']['3']:.1f}% at 3 nats.\n"
+          f"Reward model: {accuracy:.3f} of pairs right; the true reward gets {bayes:.3f}.\n"
+          f"DPO's first loss - log 2 = {summary['checks']['dpo_first_loss_minus_log_2']:.1e}; PPO's first |ratio - 1| = {summary['checks']['ppo_first_ratio_minus_1']:.1e}.\n"
+          f"{summary['seconds']:.0f} s. Figures: {out / 'frontier.png'}, {out / 'training.png'}; numbers: {out / 'summary.json'}")
+    return summary
+
+
+def reward_model_accuracy(reward_model, world: World, seed: int, n: int = 1024):
+    """Accuracy on fresh pairs of held-out prompts, and the Bayes-optimal one there, mean s(|r_w - r_l|). Labels are integrated
+    out: a pair ranked like the gold reward is right with probability s(|difference|), else wrong with it."""
+    torch.manual_seed(seed)
+    prompts = [prompt for prompt, _ in sample_prompts(seed + 3000, n, held_out=True)]
+    ids = [encode(world.tokenizer, prompt) for prompt in prompts for _ in range(2)]
+    completions = generate(world.reference, ids, MAX_NEW_TOKENS)
+    gold = np.array([gold_reward(prompts[i // 2], decode(world.tokenizer, c)) for i, c in enumerate(completions)])
+    score = score_completions(reward_model, ids, completions).numpy()
+    gold, score = gold[::2] - gold[1::2], score[::2] - score[1::2]
+    right = 1 / (1 + np.exp(-np.abs(gold)))
+    agree = np.where(gold == 0, 0.5, np.sign(gold) == np.sign(score))
+    return float((agree * right + (1 - agree) * (1 - right)).mean()), float(right.mean())
+
+
+def sweep(seeds, out: Path):
+    """Several betas for DPO and PPO, and DPO on fewer pairs, with everything redone for each seed; writes sweep.json and two figures."""
+    started, methods, worlds, scale = time.time(), {}, [], Scale(ppo_rollouts=30)
+    for seed in seeds:
+        world = make_world(scale, seed)
+        worlds.append(world)
+        reward_model, _ = run_reward_model(world, scale, seed)
+        accuracy, bayes = reward_model_accuracy(reward_model, world, seed)
+        runs = {f"DPO beta={beta:g}": (beta, lambda beta=beta: run_preferences(world, scale, beta=beta, seed=seed)) for beta in (2, 1.4, 1, 0.7, 0.5)}
+        runs |= {f"DPO beta=1 pairs={n}": (1, lambda n=n: run_preferences(world, scale, n_pairs=n, seed=seed)) for n in (1024, 4096, 16384, 32768)}
+        runs |= {f"PPO-GT beta={beta:g}": (beta, lambda beta=beta: run_ppo(world, scale, None, beta, seed)) for beta in (2, 1, 0.5)}
+        runs |= {f"PPO-RM beta={beta:g}": (beta, lambda beta=beta: run_ppo(world, scale, reward_model, beta, seed, "PPO-RM")) for beta in (2, 1, 0.5)}
+        for name, (beta, run) in runs.items():
+            lap = time.time()
+            policy, _ = run()
+            row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, scale.samples, MAX_NEW_TOKENS)
+            kl, reward = world.frontier.at_beta(beta)
+            methods[f"{name} seed={seed}"] = {**row, "seconds": time.time() - lap, "theory_kl": kl, "theory_reward": reward}
+        for n in (4, 16, 64):
+            methods[f"Best-of-{n} seed={seed}"] = {**run_best_of_n(world, n), "seconds": 0.0}
+        methods[f"reward model seed={seed}"] = {"accuracy": accuracy, "bayes_accuracy": bayes}
+        write_json(out / "sweep.json", {"methods": methods, "frontier": frontier_points(worlds[0].frontier), "config": {**asdict(scale), "seeds": list(seeds)},
+                                        "seconds": time.time() - started})
+    return methods
+
+
+def frontier_points(frontier: Frontier) -> list[dict]:
+    return [{"beta": float(beta), "kl": float(kl), "reward": float(reward), "reward_se": se} for beta, kl, reward, se in
+            zip(frontier.betas, frontier.kl.mean(0), frontier.reward.mean(0), map(standard_error, frontier.reward.T))]
+
+
+def write_json(path: Path, value):
+    """Written under another name and renamed: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(value, indent=1))
+    os.replace(draft, path)
+
+
+def print_table(methods: dict):
+    print(f"\n{'':14s}{'gold reward':>15s}{'KL, nats':>15s}{'efficiency':>15s}{'win rate':>10s}{'grammatical':>13s}{'tokens':>8s}{'seconds':>9s}")
+    for name, row in methods.items():
+        efficiency = "-" if row["efficiency"] is None else f"{row['efficiency']:.3f} ±{row['efficiency_se']:.3f}"
+        print(f"{name:14s}{row['reward']:8.2f} ±{row['reward_se']:.2f} {row['kl']:8.2f} ±{row['kl_se']:.2f} {efficiency:>15s}"
+              f"{row['win_rate']:10.1%}{row['grammatical']:13.1%}{row['length']:8.1f}{row['seconds']:9.0f}")
+
+
+def print_examples(policies: dict, world: World, seed: int, n: int = 3):
+    """Completions of the same held-out prompts before and after, with their gold rewards."""
+    for prompt, _ in world.held_out[:n]:
+        print(f"\n{prompt} ...")
+        for name in ("SFT", "PPO-RM", "DPO"):
+            torch.manual_seed(seed)
+            text = decode(world.tokenizer, generate(policies[name], [encode(world.tokenizer, prompt)], MAX_NEW_TOKENS)[0])
+            print(f"  {name:7s}{gold_reward(prompt, text):+6.2f} ...{text}")
+
+
+COLOURS = {"SFT": "#000000", "Preferred-FT": "#E69F00", "Unlikelihood": "#CC79A7", "PPO-RM": "#56B4E9", "PPO-GT": "#0072B2", "DPO": "#D55E00",
+           "Best-of-N": "#009E73"}                                               # Okabe and Ito's palette, safe for the colour-blind
+
+
+def plot_frontier(frontier: Frontier, methods: dict, theory: dict, path: Path, note=None):
+    """Reward against KL: the analytic limit, Best-of-N, and every method with its standard errors [the paper's Figure 2, left]."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    kl, reward, error = frontier.kl.mean(0), frontier.reward.mean(0), 1.96 * frontier.reward.std(0) / math.sqrt(len(frontier.reward))
+    widest = 1.15 * max(row["kl"] for name, row in methods.items() if name != "Unlikelihood")
+    axes.plot(kl, reward, color="black", lw=2, label="analytic limit")
+    gain_error = 1.96 * (frontier.reward - frontier.rewards.mean(1, keepdims=True)).std(0) / math.sqrt(len(frontier.reward))
+    axes.fill_between(kl, reward - gain_error, reward + gain_error, color="black", alpha=0.12, lw=0, label="its 95% interval")
+    points = np.array([[values.mean() for values in best_of_n(frontier.rewards, n)] for n in (1, 2, 4, 8, 16, 32, 64)])
+    axes.plot(points[:, 1], points[:, 0], "--", color=COLOURS["Best-of-N"], lw=1)
+    for name, row in methods.items():
+        if row["kl"] > widest:
+            axes.plot([], [], " ", label=f"{name}: off the plot, KL {row['kl']:.0f}, reward {row['reward']:.1f}")
+            continue
+        family = "Best-of-N" if name.startswith("Best") else name.split(" ")[0]
+        axes.errorbar(row["kl"], row["reward"], 1.96 * row["reward_se"], 1.96 * row["kl_se"], fmt="s" if family == "Best-of-N" else "o", ms=6, capsize=2,
+                      color=COLOURS[family], label=None if family in axes.get_legend_handles_labels()[1] else family)
+    axes.plot(theory["kl"], theory["reward"], "*", ms=14, mfc="none", color=COLOURS["DPO"], label="where theory puts this beta")
+    axes.set(xlim=(-0.03 * widest, widest), ylim=(reward[0] - 0.6, None), xlabel="KL(policy || reference), nats per completion", ylabel="gold reward")
+    axes.set_title(note or "", fontsize=9)
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_training(histories: dict, path: Path):
+    """The curves one watches while training: DPO's above, PPO's and the reward model's below."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), layout="constrained")
+
+    def curve(axis, stage, key, label, colour, smooth=1):
+        steps, values = zip(*[(row["step"], row[key]) for row in histories[stage] if key in row])
+        width = min(smooth, len(values))
+        axis.plot(steps[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), color=colour, label=label, lw=1.3)
+
+    panels = [("loss (nats a pair)", [("DPO", "loss", "DPO", "DPO", 20), ("reward model", "loss", "reward model", "SFT", 20)]),
+              ("implicit reward", [("DPO", "chosen_reward", "chosen", "PPO-GT", 20), ("DPO", "rejected_reward", "rejected", "DPO", 20)]),
+              ("margin, chosen - rejected", [("DPO", "margin", "DPO", "DPO", 20)]),
+              ("accuracy on training pairs", [("DPO", "accuracy", "DPO", "DPO", 20), ("reward model", "accuracy", "reward model", "SFT", 20)]),
+              ("KL to the reference, nats", [(name, "kl", name, name, 1) for name in ("DPO", "PPO-RM", "PPO-GT", "Unlikelihood")]),
+              ("length, tokens", [(name, "length", name, name, 1) for name in ("DPO", "PPO-RM", "PPO-GT", "Unlikelihood")]),
+              ("PPO-RM: gold and learnt reward", [("PPO-RM", "gold_reward", "gold", "PPO-GT", 1), ("PPO-RM", "proxy_reward", "reward model", "PPO-RM", 1)]),
+              ("SFT: nats a token", [("SFT", "loss", "SFT", "SFT", 20)])]
+    for axis, (title, curves) in zip(axes.flat, panels):
+        for stage, key, label, colour, smooth in curves:
+            curve(axis, stage, key, label, COLOURS[colour], smooth)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimiser step", fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    axes[0, 0].axhline(math.log(2), color="grey", lw=0.8, ls=":")
+    axes[1, 0].set_yscale("symlog", linthresh=1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description="Direct Preference Optimization, complete, in one file. Without arguments: the demonstration.")
+    parser.add_argument("--fast", action="store_true", help="the same story in 30 seconds, less precise")
+    parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures, 12 minutes")
+    parser.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the results")
+    options = parser.parse_args(arguments)
+    if options.sweep:
+        sweep(range(options.seed, options.seed + 3), options.out)
+    else:
+        demonstrate(FAST if options.fast else Scale(), options.seed, options.out, options.fast)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
