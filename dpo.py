@@ -1,4 +1,32 @@
-"""docstring"""
+"""Direct Preference Optimization, complete, in one file.
+
+A small GPT learns to write reviews (SFT), is asked for pairs of them, and learns from labels which of two is better: once by
+DPO (arXiv 2305.18290), and once the long way round, by a reward model and PPO (RLHF). The reviews come from a small language
+whose true reward is known, so each method is measured against the best that any method could do: the analytic limit.
+
+    python dpo.py             the whole comparison on two CPU cores, offline; figures and numbers in out/
+    python dpo.py --fast      the same story in a fraction of the time, less precise
+    python dpo.py --sweep     several betas, numbers of pairs and seeds: the figures of the README
+
+Read from top to bottom; each section uses only what stands above it.
+
+     2  the review language, its gold reward              7  preferences: Bradley-Terry, JSONL
+     3  the tokenizer: byte-pair encoding                 8  DPO: derivation, loss, gradient, trainer
+     4  the model: GPT-2                                  9  the family of losses
+     5  log-probabilities and sampling                   10  the baseline: reward model and PPO
+     6  training: one loop; SFT                          11  evaluation: the analytic limit
+                                                         12  the command line
+
+    paper                             here
+    x, y, y_w, y_l                    prompt, completion, chosen, rejected
+    pi_theta, pi_ref                  policy (or model), reference
+    log pi(y|x)                       sequence_logps: the sum over the completion's tokens, EOS included
+    r(x,y)                            gold_reward (the truth), reward_scores (learnt)
+    r^ = beta log(pi/pi_ref)          chosen_rewards, rejected_rewards of dpo_loss
+    beta                              beta: reward units per nat of KL
+    sigma                             F.logsigmoid is its log
+    pi* = pi_ref e^{r/beta} / Z       analytic_limit
+"""
 from __future__ import annotations
 
 import argparse
@@ -22,6 +50,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 # ======================================================================================================================
@@ -39,22 +68,22 @@ ASPECTS = {
 VERBS = ["was", "felt", "seemed", "looked"]
 NEGATIONS = {"not": -0.75, "never": -1.0, "hardly": -0.5}
 INTENSIFIERS = {"very": 1.5, "rather": 1.25, "quite": 0.75, "truly": 1.5, "slightly": 0.5, "extremely": 2.0}
-SHARED_OPINIONS = {1.0: "perfect superb amazing wonderful", 0.75: "great lovely elegant splendid",
-                   0.5: "good nice charming pleasant", 0.25: "fine decent solid fair",
-                   -0.25: "plain average uneven ordinary", -0.5: "bad weak dull poor",
-                   -0.75: "boring clumsy sloppy lifeless", -1.0: "awful terrible horrible dreadful"}
-DOMAIN_OPINIONS = {"film": {0.75: "witty gripping moving", 0.5: "funny clever", -0.5: "slow trite", -0.75: "wooden shallow confusing"},
-                   "meal": {0.75: "tasty juicy delicious", 0.5: "fresh crisp", -0.5: "cold bland", -0.75: "stale greasy soggy"}}
-SHARED_CLOSINGS = {"i loved it": 1.0, "highly recommended": 1.5, "what a treat": 1.0, "bring a friend": 1.0, "a pleasant surprise": 0.5,
-                   "nothing special": -0.5, "such a pity": -0.5, "i hated it": -1.0, "avoid it": -1.5, "save your money": -1.0}
-DOMAIN_CLOSINGS = {"film": {"worth every minute": 1.5, "go and see it twice": 1.0, "we left early": -1.0, "a waste of time": -1.5},
-                   "meal": {"worth every bite": 1.5, "we will come back soon": 1.0, "we went home hungry": -1.0, "a waste of good food": -1.5}}
-ZIPF = float(os.environ.get("ZIPF", "1.3"))
+SHARED_OPINIONS = {2.0: "perfect superb amazing wonderful", 1.5: "great lovely elegant splendid",
+                   1.0: "good nice charming pleasant", 0.5: "fine decent solid fair",
+                   -0.5: "plain average uneven ordinary", -1.0: "bad weak dull poor",
+                   -1.5: "boring clumsy sloppy lifeless", -2.0: "awful terrible horrible dreadful"}
+DOMAIN_OPINIONS = {"film": {1.5: "witty gripping moving", 1.0: "funny clever", -1.0: "slow trite", -1.5: "wooden shallow confusing"},
+                   "meal": {1.5: "tasty juicy delicious", 1.0: "fresh crisp", -1.0: "cold bland", -1.5: "stale greasy soggy"}}
+SHARED_CLOSINGS = {"i loved it": 2.0, "highly recommended": 3.0, "what a treat": 2.0, "bring a friend": 2.0, "a pleasant surprise": 1.0,
+                   "nothing special": -1.0, "such a pity": -1.0, "i hated it": -2.0, "avoid it": -3.0, "save your money": -2.0}
+DOMAIN_CLOSINGS = {"film": {"worth every minute": 3.0, "go and see it twice": 2.0, "we left early": -2.0, "a waste of time": -3.0},
+                   "meal": {"worth every bite": 3.0, "we will come back soon": 2.0, "we went home hungry": -2.0, "a waste of good food": -3.0}}
+ZIPF = 1.3                              # the first word of a list is the commonest, the k-th is k^-1.3 as common
 OPINIONS = {domain: {word: value for bank in (SHARED_OPINIONS, own) for value, words in bank.items() for word in words.split()}
             for domain, own in DOMAIN_OPINIONS.items()}                          # domain -> word -> value
 CLOSINGS = {domain: {**SHARED_CLOSINGS, **own} for domain, own in DOMAIN_CLOSINGS.items()}
 FREQUENCY = {word: 1 / (1 + rank) ** ZIPF for banks in (SHARED_OPINIONS, *DOMAIN_OPINIONS.values()) for words in banks.values()
-             for rank, word in enumerate(words.split())}                         # Zipf's law: the first word of a list is the commonest
+             for rank, word in enumerate(words.split())}
 
 
 def sample_review(rng: random.Random, domain: str = "film") -> str:
@@ -64,7 +93,7 @@ def sample_review(rng: random.Random, domain: str = "film") -> str:
 
     def clause(mood):
         negation = rng.choices(["", *NEGATIONS], (15, 3, 1, 1))[0]
-        tilt = -2.5 * mood if negation else 2.5 * mood
+        tilt = -1.25 * mood if negation else 1.25 * mood
         opinions = OPINIONS[domain]
         opinion = rng.choices(list(opinions), [FREQUENCY[word] * math.exp(tilt * value) for word, value in opinions.items()])[0]
         intensifier = zipf(list(INTENSIFIERS)) if rng.random() < 0.4 else ""
@@ -78,7 +107,7 @@ def sample_review(rng: random.Random, domain: str = "film") -> str:
         text += joint + clause(mood)
     if rng.random() < 0.4:
         closings = CLOSINGS[domain]
-        text += ". " + rng.choices(list(closings), [math.exp(2.5 * mood * value) for value in closings.values()])[0]
+        text += ". " + rng.choices(list(closings), [math.exp(1.25 * mood * value) for value in closings.values()])[0]
     return text + "."
 
 
@@ -104,9 +133,9 @@ def is_grammatical(text: str) -> bool:
 
 
 def gold_reward(prompt: str, completion: str) -> float:
-    """The true reward of a review: the sum of its clauses' and its closing remark's values; 2 less if it is not grammatical.
+    """The true reward of a review: the sum of its clauses' and its closing remark's values; 4 less if it is not grammatical.
 
-    A clause is worth its opinion, -1 to 1, times its intensifier, times its negation, times 1.5 behind "but". The reader
+    A clause is worth its opinion, -2 to 2, times its intensifier, times its negation, times 1.5 behind "but". The reader
     stops at the fifth clause or the first closing remark, so length alone does not pay without end.
     """
     text, reward, clauses = prompt + completion, 0.0, 0
@@ -119,7 +148,7 @@ def gold_reward(prompt: str, completion: str) -> float:
             break
         reward += (OPINION_OF[match["opinion"]] * INTENSIFIERS.get(match["intensifier"], 1.0)
                    * NEGATIONS.get(match["negation"], 1.0) * (1.5 if match["but"] else 1.0))
-    return reward - (0.0 if is_grammatical(text) else 2.0)
+    return reward - (0.0 if is_grammatical(text) else 4.0)
 
 
 def cut_review(rng: random.Random, review: str) -> tuple[str, str]:
@@ -301,6 +330,59 @@ class GPT(nn.Module):
             x = block(x, attend)
         x = self.ln_f(x if keep is None else x[keep])
         return F.linear(x, self.wte.weight) if self.score is None else self.score(x)
+
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
+        output, by GPT2ForSequenceClassification). Files are renamed into place when complete."""
+        directory, c = Path(directory), self.config
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name if name.startswith("score") else "transformer." + name: (value.t() if is_conv1d(name) else value).contiguous().cpu()
+                   for name, value in self.state_dict().items()}
+        save_file(tensors, directory / "model.safetensors.part", metadata={"format": "pt"})
+        os.replace(directory / "model.safetensors.part", directory / "model.safetensors")
+        write_json(directory / "config.json", {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel" if self.score is None else "GPT2ForSequenceClassification"],
+            "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
+            "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "activation_function": "gelu_new",
+            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.eos_token_id,
+            "tie_word_embeddings": True, **({} if self.score is None else {"num_labels": self.score.out_features})})
+
+    @classmethod
+    def from_pretrained(cls, directory, n_outputs: int | None = None):
+        """Read a GPT-2 in Hugging Face's layout: a directory with config.json and model.safetensors, or its shards. n_outputs
+        replaces the head of a language model by a new one of that width; a saved head is kept."""
+        directory = Path(directory)
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory}: no config.json there; a model is a directory with config.json and model.safetensors")
+        config = json.loads((directory / "config.json").read_text())
+        if config.get("model_type", "gpt2") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
+            raise ValueError(f"{directory}: not a GPT-2 with the tanh form of GELU")
+        tensors = {name.removeprefix("transformer."): value for shard in sorted(directory.glob("model*.safetensors")) for name, value in load_file(shard).items()}
+        # the causal masks of old checkpoints (".attn.bias") and the tied head are not parameters; "c_attn.bias" is one
+        tensors = {name: value.t().contiguous() if is_conv1d(name) else value for name, value in tensors.items()
+                   if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
+        if "score.weight" in tensors:
+            n_outputs = len(tensors["score.weight"])
+        model = cls(GPTConfig(config["vocab_size"], config["n_positions"], config["n_layer"], config["n_head"], config["n_embd"],
+                              config.get("resid_pdrop", 0.0), config.get("eos_token_id")), n_outputs)
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        if unexpected or set(missing) - {"score.weight"}:
+            raise ValueError(f"{directory}: not the weights of this GPT-2; missing {missing[:3]}, unexpected {unexpected[:3]}")
+        return model
+
+
+def is_conv1d(name: str) -> bool:
+    """GPT-2 stores the weights of its linear layers transposed (its "Conv1D")."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def write_json(path: Path, value):
+    """Written under another name and renamed: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(value, indent=1))
+    os.replace(draft, path)
 
 
 # ======================================================================================================================
@@ -1125,7 +1207,8 @@ def summarise(frontier: Frontier, kl, reward, seed=0, **more) -> dict:
         efficiency = float(frontier.efficiency(kl, reward))
         draws = [rng.integers(len(kl), size=len(kl)) for _ in range(200)]
         efficiency_se = float(np.std([frontier.efficiency(kl, reward, draw) for draw in draws]))
-    return {"reward": float(reward.mean()), "reward_se": standard_error(reward), "kl": float(kl.mean()), "kl_se": standard_error(kl),
+    gain = reward - frontier.rewards.mean(1)                                     # what prompts have in common cancels here, too
+    return {"reward": float(reward.mean()), "reward_se": standard_error(reward), "gain_se": standard_error(gain), "kl": float(kl.mean()), "kl_se": standard_error(kl),
             "efficiency": efficiency, "efficiency_se": efficiency_se, **more}
 
 
@@ -1158,7 +1241,7 @@ def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, sa
 # 12. The command line
 # ======================================================================================================================
 
-VOCAB_SIZE, BLOCK_SIZE, MAX_NEW_TOKENS, BETA = 576, 96, 56, 1.0
+VOCAB_SIZE, BLOCK_SIZE, MAX_NEW_TOKENS, BETA = 576, 96, 56, 2.0
 
 
 @dataclass
@@ -1168,7 +1251,7 @@ class Scale:
     prompts: int = 16384                # 4 completions each, so 6 pairs
     preference_steps: int = 1024        # of 96 pairs: one pass over 98,304
     baseline_steps: int = 256           # Preferred-FT, Unlikelihood, reward model
-    ppo_rollouts: int = 40
+    ppo_rollouts: int = 80
     held_out: int = 96                  # prompts of the evaluation
     samples: int = 32                   # completions of each, per method
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
@@ -1244,7 +1327,7 @@ def run_reward_model(world: World, scale: Scale, seed=0):
     """A reward model on the world's preferences -> model, history."""
     reward_model = GPT(world.reference.config, n_outputs=1).to(next(world.reference.parameters()).device)
     reward_model.load_state_dict(world.reference.state_dict(), strict=False)     # all but the head starts from SFT
-    return reward_model, train_reward_model(reward_model, world.pairs, Training(scale.baseline_steps, 1e-3, batch_size=384, seed=seed))
+    return reward_model, train_reward_model(reward_model, world.pairs, Training(scale.preference_steps, 2e-3, batch_size=96, seed=seed))
 
 
 def run_ppo(world: World, scale: Scale, reward_model=None, beta=BETA, seed=0, stage="PPO-GT"):
@@ -1296,7 +1379,7 @@ def demonstrate(scale: Scale, seed: int, out: Path, fast: bool) -> dict:
     reward_model, histories["reward model"] = run_reward_model(world, scale, seed)
     reward_model_seconds = time.time() - lap
     runs = {"Preferred-FT": lambda: run_preferences(world, scale, "sft", steps=scale.baseline_steps, seed=seed, stage="Preferred-FT"),
-            "Unlikelihood": lambda: run_preferences(world, scale, "unlikelihood", steps=scale.baseline_steps, seed=seed, stage="Unlikelihood", alpha=0.3),
+            "Unlikelihood": lambda: run_preferences(world, scale, "unlikelihood", steps=scale.baseline_steps, seed=seed, stage="Unlikelihood", alpha=1.0),
             "PPO-RM": lambda: run_ppo(world, scale, reward_model, seed=seed, stage="PPO-RM"),
             "PPO-GT": lambda: run_ppo(world, scale, seed=seed, stage="PPO-GT"),
             "DPO": lambda: run_preferences(world, scale, seed=seed)}
@@ -1355,10 +1438,10 @@ def sweep(seeds, out: Path):
         worlds.append(world)
         reward_model, _ = run_reward_model(world, scale, seed)
         accuracy, bayes = reward_model_accuracy(reward_model, world, seed)
-        runs = {f"DPO beta={beta:g}": (beta, lambda beta=beta: run_preferences(world, scale, beta=beta, seed=seed)) for beta in (2, 1.4, 1, 0.7, 0.5)}
-        runs |= {f"DPO beta=1 pairs={n}": (1, lambda n=n: run_preferences(world, scale, n_pairs=n, seed=seed)) for n in (1024, 4096, 16384, 32768)}
-        runs |= {f"PPO-GT beta={beta:g}": (beta, lambda beta=beta: run_ppo(world, scale, None, beta, seed)) for beta in (2, 1, 0.5)}
-        runs |= {f"PPO-RM beta={beta:g}": (beta, lambda beta=beta: run_ppo(world, scale, reward_model, beta, seed, "PPO-RM")) for beta in (2, 1, 0.5)}
+        runs = {f"DPO beta={beta:g}": (beta, lambda beta=beta: run_preferences(world, scale, beta=beta, seed=seed)) for beta in (4, 2.8, 2, 1.4, 1)}
+        runs |= {f"DPO beta=2 pairs={n}": (2, lambda n=n: run_preferences(world, scale, n_pairs=n, seed=seed)) for n in (1024, 4096, 16384, 32768)}
+        runs |= {f"PPO-GT beta={beta:g}": (beta, lambda beta=beta: run_ppo(world, scale, None, beta, seed)) for beta in (4, 2, 1)}
+        runs |= {f"PPO-RM beta={beta:g}": (beta, lambda beta=beta: run_ppo(world, scale, reward_model, beta, seed, "PPO-RM")) for beta in (4, 2, 1)}
         for name, (beta, run) in runs.items():
             lap = time.time()
             policy, _ = run()
@@ -1376,14 +1459,6 @@ def sweep(seeds, out: Path):
 def frontier_points(frontier: Frontier) -> list[dict]:
     return [{"beta": float(beta), "kl": float(kl), "reward": float(reward), "reward_se": se} for beta, kl, reward, se in
             zip(frontier.betas, frontier.kl.mean(0), frontier.reward.mean(0), map(standard_error, frontier.reward.T))]
-
-
-def write_json(path: Path, value):
-    """Written under another name and renamed: a reader never finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(value, indent=1))
-    os.replace(draft, path)
 
 
 def print_table(methods: dict):
@@ -1414,11 +1489,11 @@ def plot_frontier(frontier: Frontier, methods: dict, theory: dict, path: Path, n
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    kl, reward, error = frontier.kl.mean(0), frontier.reward.mean(0), 1.96 * frontier.reward.std(0) / math.sqrt(len(frontier.reward))
+    kl, reward = frontier.kl.mean(0), frontier.reward.mean(0)
+    error = 1.96 * np.apply_along_axis(standard_error, 0, frontier.reward - frontier.rewards.mean(1, keepdims=True))     # of the gain, as the bars
     widest = 1.15 * max(row["kl"] for name, row in methods.items() if name != "Unlikelihood")
     axes.plot(kl, reward, color="black", lw=2, label="analytic limit")
-    gain_error = 1.96 * (frontier.reward - frontier.rewards.mean(1, keepdims=True)).std(0) / math.sqrt(len(frontier.reward))
-    axes.fill_between(kl, reward - gain_error, reward + gain_error, color="black", alpha=0.12, lw=0, label="its 95% interval")
+    axes.fill_between(kl, reward - error, reward + error, color="black", alpha=0.12, lw=0, label="its 95% interval")
     points = np.array([[values.mean() for values in best_of_n(frontier.rewards, n)] for n in (1, 2, 4, 8, 16, 32, 64)])
     axes.plot(points[:, 1], points[:, 0], "--", color=COLOURS["Best-of-N"], lw=1)
     for name, row in methods.items():
@@ -1426,7 +1501,7 @@ def plot_frontier(frontier: Frontier, methods: dict, theory: dict, path: Path, n
             axes.plot([], [], " ", label=f"{name}: off the plot, KL {row['kl']:.0f}, reward {row['reward']:.1f}")
             continue
         family = "Best-of-N" if name.startswith("Best") else name.split(" ")[0]
-        axes.errorbar(row["kl"], row["reward"], 1.96 * row["reward_se"], 1.96 * row["kl_se"], fmt="s" if family == "Best-of-N" else "o", ms=6, capsize=2,
+        axes.errorbar(row["kl"], row["reward"], 1.96 * row["gain_se"], 1.96 * row["kl_se"], fmt="s" if family == "Best-of-N" else "o", ms=6, capsize=2,
                       color=COLOURS[family], label=None if family in axes.get_legend_handles_labels()[1] else family)
     axes.plot(theory["kl"], theory["reward"], "*", ms=14, mfc="none", color=COLOURS["DPO"], label="where theory puts this beta")
     axes.set(xlim=(-0.03 * widest, widest), ylim=(reward[0] - 0.6, None), xlabel="KL(policy || reference), nats per completion", ylabel="gold reward")
