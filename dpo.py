@@ -34,6 +34,7 @@ import copy
 import functools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -62,8 +63,10 @@ from tqdm import tqdm
 # human data set offers. A reward model still has something to learn: "not" flips, "very" scales, "but" adds weight.
 
 ASPECTS = {
-    "film": "plot cast story acting music script ending hero pacing camera opening villain tone dialogue editing lighting sound costumes romance humour jokes".split(),
-    "meal": "soup fish bread sauce wine rice salad steak pasta coffee cheese dessert service waiter menu chef portions kitchen decor pizza noodles".split(),
+    "film": ("plot cast story acting music script ending hero pacing camera opening villain tone dialogue editing lighting sound "
+             "costumes romance humour jokes").split(),
+    "meal": ("soup fish bread sauce wine rice salad steak pasta coffee cheese dessert service waiter menu chef portions kitchen "
+             "decor pizza noodles").split(),
 }
 VERBS = ["was", "felt", "seemed", "looked"]
 NEGATIONS = {"not": -0.75, "never": -1.0, "hardly": -0.5}
@@ -72,12 +75,15 @@ SHARED_OPINIONS = {2.0: "perfect superb amazing wonderful", 1.5: "great lovely e
                    1.0: "good nice charming pleasant", 0.5: "fine decent solid fair",
                    -0.5: "plain average uneven ordinary", -1.0: "bad weak dull poor",
                    -1.5: "boring clumsy sloppy lifeless", -2.0: "awful terrible horrible dreadful"}
-DOMAIN_OPINIONS = {"film": {1.5: "witty gripping moving", 1.0: "funny clever", -1.0: "slow trite", -1.5: "wooden shallow confusing"},
+DOMAIN_OPINIONS = {"film": {1.5: "witty gripping moving", 1.0: "funny clever", -1.0: "slow trite",
+                            -1.5: "wooden shallow confusing"},
                    "meal": {1.5: "tasty juicy delicious", 1.0: "fresh crisp", -1.0: "cold bland", -1.5: "stale greasy soggy"}}
-SHARED_CLOSINGS = {"i loved it": 2.0, "highly recommended": 3.0, "what a treat": 2.0, "bring a friend": 2.0, "a pleasant surprise": 1.0,
-                   "nothing special": -1.0, "such a pity": -1.0, "i hated it": -2.0, "avoid it": -3.0, "save your money": -2.0}
+SHARED_CLOSINGS = {"highly recommended": 3.0, "i loved it": 2.0, "what a treat": 2.0, "bring a friend": 2.0,
+                   "a pleasant surprise": 1.0, "nothing special": -1.0, "such a pity": -1.0, "i hated it": -2.0,
+                   "save your money": -2.0, "avoid it": -3.0}
 DOMAIN_CLOSINGS = {"film": {"worth every minute": 3.0, "go and see it twice": 2.0, "we left early": -2.0, "a waste of time": -3.0},
-                   "meal": {"worth every bite": 3.0, "we will come back soon": 2.0, "we went home hungry": -2.0, "a waste of good food": -3.0}}
+                   "meal": {"worth every bite": 3.0, "we will come back soon": 2.0, "we went home hungry": -2.0,
+                            "a waste of good food": -3.0}}
 ZIPF = 1.3                              # the first word of a list is the commonest, the k-th is k^-1.3 as common
 OPINIONS = {domain: {word: value for bank in (SHARED_OPINIONS, own) for value, words in bank.items() for word in words.split()}
             for domain, own in DOMAIN_OPINIONS.items()}                          # domain -> word -> value
@@ -115,16 +121,19 @@ def any_of(words) -> str:
     return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
+VERB_PHRASE = rf"{any_of(VERBS)}(?: (?P<negation>{any_of(NEGATIONS)}))?(?: (?P<intensifier>{any_of(INTENSIFIERS)}))?"
+
+
 def review_pattern(domain: str) -> str:
-    clause = (rf"the {any_of(ASPECTS[domain])} {any_of(VERBS)}(?: {any_of(NEGATIONS)})?(?: {any_of(INTENSIFIERS)})? {any_of(OPINIONS[domain])}")
+    clause = rf"the {any_of(ASPECTS[domain])} {VERB_PHRASE} {any_of(OPINIONS[domain])}"
+    clause = re.sub(r"\?P<\w+>", "?:", clause)                                   # a name may stand in a pattern only once
     return rf"{clause}(?:(?:, and |, but |\. ){clause}){{0,3}}(?:\. {any_of(CLOSINGS[domain])})?\."
 
 
 OPINION_OF = {**OPINIONS["film"], **OPINIONS["meal"]}
 CLOSING_OF = {**CLOSINGS["film"], **CLOSINGS["meal"]}
 REVIEW = re.compile("|".join(map(review_pattern, ASPECTS)))
-JUDGEMENT = re.compile(rf"(?P<but>, but )?the \w+ {any_of(VERBS)}(?: (?P<negation>{any_of(NEGATIONS)}))?(?: (?P<intensifier>{any_of(INTENSIFIERS)}))?"
-                       rf" (?P<opinion>{any_of(OPINION_OF)})\b|\. (?P<closing>{any_of(CLOSING_OF)})\.")
+JUDGEMENT = re.compile(rf"(?P<but>, but )?the \w+ {VERB_PHRASE} (?P<opinion>{any_of(OPINION_OF)})\b|\. (?P<closing>{any_of(CLOSING_OF)})\.")
 
 
 def is_grammatical(text: str) -> bool:
@@ -307,7 +316,7 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
         at = None                                                                # no keep: all of (B, T)
         if keep is not None:
-            needed = keep.flip(1).cumsum(1).flip(1) > 0                          # (B, T): a kept position stands here or to the right
+            needed = keep.flip(1).cumsum(1).flip(1) > 0                          # (B, T): kept, or left of a kept one
             at = needed.flatten().nonzero().squeeze(1)                           # (N,) where the N needed ones are in B*T
             tokens, positions, keep = tokens.flatten()[at], positions.flatten()[at], keep.flatten()[at]
         dropout = self.config.dropout if self.training else 0.0
@@ -337,7 +346,7 @@ class GPT(nn.Module):
         output, by GPT2ForSequenceClassification). Files are renamed into place when complete."""
         directory, c = Path(directory), self.config
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name if name.startswith("score") else "transformer." + name: (value.t() if is_conv1d(name) else value).contiguous().cpu()
+        tensors = {name if name == "score.weight" else f"transformer.{name}": (value.t() if is_conv1d(name) else value).contiguous()
                    for name, value in self.state_dict().items()}
         save_file(tensors, directory / "model.safetensors.part", metadata={"format": "pt"})
         os.replace(directory / "model.safetensors.part", directory / "model.safetensors")
@@ -358,7 +367,8 @@ class GPT(nn.Module):
         config = json.loads((directory / "config.json").read_text())
         if config.get("model_type", "gpt2") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
             raise ValueError(f"{directory}: not a GPT-2 with the tanh form of GELU")
-        tensors = {name.removeprefix("transformer."): value for shard in sorted(directory.glob("model*.safetensors")) for name, value in load_file(shard).items()}
+        tensors = {name.removeprefix("transformer."): value for shard in sorted(directory.glob("model*.safetensors"))
+                   for name, value in load_file(shard).items()}
         # the causal masks of old checkpoints (".attn.bias") and the tied head are not parameters; "c_attn.bias" is one
         tensors = {name: value.t().contiguous() if is_conv1d(name) else value for name, value in tensors.items()
                    if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
@@ -421,8 +431,9 @@ def token_logps(model, tokens, mask):
     """
     at = predicting(mask)
     logits = model(tokens, at) if isinstance(model, GPT) else model(tokens)[at]                 # (N, V), N = at.sum()
-    logps = -F.cross_entropy(logits.float(), tokens[predicted(mask)], reduction="none")         # (N,)
-    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(predicted(mask), logps)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                        # never in half precision
+    logps = -F.cross_entropy(logits, tokens[predicted(mask)], reduction="none")                 # (N,)
+    return logps.new_zeros(tokens.shape).masked_scatter(predicted(mask), logps)
 
 
 def sequence_logps(model, tokens, mask):
@@ -432,7 +443,7 @@ def sequence_logps(model, tokens, mask):
 
 @torch.no_grad()
 def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512) -> torch.Tensor:
-    """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. Batches hold like lengths."""
+    """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. Like lengths go together."""
     model.eval()
     device, values = next(model.parameters()).device, torch.empty(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
@@ -467,7 +478,8 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="text", leave=False) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
-            batch = _generate_batch(model, [prompts[i][-room:] for i in rows], max_new_tokens, temperature, top_k, top_p, stop_at_eos)
+            batch = [prompts[i][-room:] for i in rows]
+            batch = _generate_batch(model, batch, max_new_tokens, temperature, top_k, top_p, stop_at_eos)
             for i, completion in zip(rows, batch):
                 completions[i] = completion
             bar.update(len(rows))
@@ -485,7 +497,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
         tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
-    cache = torch.empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head, device=device)
+    cache = model.wte.weight.new_empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head)
     t = int(lengths.min())
     new = tokens[:, :t]                                                                         # columns not yet in the cache
     while True:
@@ -540,25 +552,26 @@ class Training:
     learning_rate: float
     batch_size: int = 64                # rows of one step: texts, pairs or completions, as the stage says
     micro_batch: int = 10 ** 9          # rows of one forward pass: gradients of a step's micro-batches add up to the big batch's
-    warmup: float = 0.05                # share of the steps in which the learning rate rises from 0; it then falls to 0 linearly
+    warmup: float = 0.05                # share of the steps in which the learning rate rises from 0
+    decay: bool = True                  # then it falls to 0 linearly; otherwise it stays
     clip: float = 1.0                   # largest norm of the gradient
     seed: int = 0                       # order of the data
 
 
-def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, dropout=False, watch=None, watch_every=0, quiet=False):
+def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, dropout=False, on_step=None, quiet=False):
     """Train `model` in place; return the history, a list with one dict of numbers a step.
 
     batches(step) -> the step's micro-batches, a list of dicts with "count", the number of terms in the loss.
     loss(model, batch) -> the *sum* of the batch's losses, and a dict of sums to log. Dividing by the count of all
     micro-batches makes accumulated gradients equal those of one big batch. dropout: on in SFT alone.
-    watch() -> a dict of numbers to log every `watch_every` steps. A loss that is not finite ends the stage (FloatingPointError).
+    on_step(logs) sees each step's numbers and may add to them. A loss that is not finite ends the stage (FloatingPointError).
     """
     model.train(dropout)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, fused=True)
     warmup = max(1, round(training.warmup * training.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0))
     history = []
     for step in (bar := tqdm(range(training.steps), desc=stage, disable=quiet, mininterval=0.5, leave=False)):
         micro_batches = batches(step)
@@ -570,15 +583,16 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
             (total / count).backward()
             for name, value in {"loss": total, **sums}.items():
                 logs[name] = logs.get(name, 0.0) + float(value.detach() if torch.is_tensor(value) else value) / count
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(f"{stage}: the loss is {logs['loss']} at step {step}; a smaller learning rate may help")
         logs["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, training.clip))
+        if not math.isfinite(logs["loss"] + logs["gradient_norm"]):
+            raise FloatingPointError(f"{stage}, step {step}: the loss is {logs['loss']}, its gradient's norm {logs['gradient_norm']}; "
+                                     f"a smaller learning rate may help")
         logs["learning_rate"] = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if watch and watch_every and (step % watch_every == 0 or step == training.steps - 1):
-            logs.update(watch())
+        if on_step:
+            on_step(logs)
         history.append(logs)
         bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
     model.eval()
@@ -627,9 +641,13 @@ class Preference:
     rejected: str
 
 
+def logistic(x):
+    return 0.5 * (1 + np.tanh(x / 2))                                            # 1 / (1 + e^-x) that never overflows
+
+
 def bradley_terry_label(rewards_a, rewards_b, rng: np.random.Generator) -> np.ndarray:
     """Whether a beats b, drawn with P(a > b) = s(r_a - r_b). rewards (n,) -> bool (n,)."""
-    return rng.random(len(rewards_a)) < 1 / (1 + np.exp(-(np.asarray(rewards_a) - np.asarray(rewards_b))))
+    return rng.random(len(rewards_a)) < logistic(np.asarray(rewards_a) - np.asarray(rewards_b))
 
 
 def sample_preferences(model, tokenizer, prompts: list[str], reward, max_new_tokens: int, per_prompt: int = 4, seed: int = 0):
@@ -647,7 +665,7 @@ def sample_preferences(model, tokenizer, prompts: list[str], reward, max_new_tok
         for a, b, a_wins in zip(first, second, wins[i]):
             a, b = (a, b) if a_wins else (b, a)
             pairs.append(Preference(prompt, texts[i * per_prompt + a], texts[i * per_prompt + b]))
-    return pairs, float((1 / (1 + np.exp(-np.abs(rewards[:, first] - rewards[:, second])))).mean())
+    return pairs, float(logistic(np.abs(rewards[:, first] - rewards[:, second])).mean())
 
 
 def chat_template(messages: list[dict]) -> str:
@@ -698,9 +716,9 @@ def text_field(record: dict, name: str, where: str) -> str:
     value = record.get(name)
     if value is None:
         raise ValueError(f"{where}: field {name!r} is {'null' if name in record else 'missing'}")
-    if isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) and m["content"] for m in value):
-        value = chat_template(value)
+    if isinstance(value, list) and value and all(isinstance(message, dict) and message.keys() >= {"role", "content"}
+                                                 and all(isinstance(message[key], str) for key in ("role", "content")) for message in value):
+        value = chat_template(value) if any(message["content"].strip() for message in value) else ""
     if not isinstance(value, str):
         raise ValueError(f"{where}: field {name!r} must be a string or a list of {{\"role\", \"content\"}} messages")
     if not value.strip():
@@ -736,7 +754,8 @@ def encode_pairs(tokenizer, preferences: list[Preference], block_size: int) -> P
             if key not in rows:
                 completion = encode(tokenizer, key[1]) + [tokenizer.eot_token]
                 if len(completion) >= block_size:
-                    raise ValueError(f"pair {number}: the {side} completion has {len(completion)} tokens; the model reads {block_size}, prompt included")
+                    raise ValueError(f"pair {number}: the {side} completion has {len(completion)} tokens, EOS included; "
+                                     f"prompt and completion together must fit in {block_size}")
                 rows[key] = len(prompts)
                 prompts.append(np.array(encode(tokenizer, key[0])[-(block_size - len(completion)):], np.int32))
                 completions.append(np.array(completion, np.int32))
@@ -834,24 +853,30 @@ def plackett_luce_loss(policy_logps, reference_logps, beta):
     return (still_to_rank - rewards).sum(-1)
 
 
-def train_preferences(model, reference, pairs: Pairs, training: Training, loss: str = "dpo", beta: float = 0.1, stage=None, hyper=None, **options):
+def train_preferences(model, reference, pairs: Pairs, training: Training, loss: str = "dpo", beta: float = 0.1, hyper=None,
+                      stage=None, **options):
     """Train `model` in place by LOSSES[loss] against the frozen `reference`; return the history.
 
-    The reference never changes, so it is asked once, before the first step, and can be forgotten then.
+    hyper: the loss's own hyper-parameters. The reference never changes, so it is asked once, before the first step.
     """
     device, rows = next(model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
     reference_logps = completion_logps(reference, pairs.prompts, pairs.completions).to(device)        # (R,)
-    lengths = torch.tensor([len(completion) for completion in pairs.completions], device=device)
+    lengths = torch.tensor([len(completion) for completion in pairs.completions], device=device)      # (R,)
 
     def preference_loss(model, batch):
         w, l = batch["chosen"], batch["rejected"]                                # each pair's places among the batch's rows
-        logps, ref, length = sequence_logps(model, batch["tokens"], batch["mask"]), reference_logps[batch["rows"]], lengths[batch["rows"]]
-        losses = LOSSES[loss](logps[w], logps[l], ref[w], ref[l], beta=beta, chosen_lengths=length[w], rejected_lengths=length[l], **(hyper or {}))
-        _, chosen_rewards, rejected_rewards = dpo_loss(logps[w], logps[l], ref[w], ref[l], beta)
+        logps = sequence_logps(model, batch["tokens"], batch["mask"])
+        ref, length = reference_logps[batch["rows"]], lengths[batch["rows"]]
+        four = logps[w], logps[l], ref[w], ref[l]
+        losses = LOSSES[loss](*four, beta=beta, chosen_lengths=length[w], rejected_lengths=length[l], **(hyper or {}))
+        _, chosen_rewards, rejected_rewards = dpo_loss(*four, beta)
         margins = chosen_rewards - rejected_rewards
         return losses.sum(), {"chosen_reward": chosen_rewards.sum(), "rejected_reward": rejected_rewards.sum(),
                               "margin": margins.sum(), "accuracy": (margins > 0).sum()}
-    return fit(stage or loss, model, lambda step: pair_batches(pairs, rows(step), training.micro_batch, device), preference_loss, training, **options)
+
+    def batches(step):
+        return pair_batches(pairs, rows(step), training.micro_batch, device)
+    return fit(stage or loss, model, batches, preference_loss, training, **options)
 
 
 # ======================================================================================================================
@@ -960,14 +985,17 @@ def reward_scores(reward_model, tokens, mask):
 
 
 def train_reward_model(reward_model, pairs: Pairs, training: Training, **options):
-    """Fit a GPT with one output by maximum likelihood under Bradley-Terry: -log s(score_w - score_l). In place; returns the history."""
+    """Fit a GPT with one output, in place, by maximum likelihood under Bradley-Terry: -log s(score_w - score_l)."""
     device, rows = next(reward_model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
 
     def loss(model, batch):
         scores = reward_scores(model, batch["tokens"], batch["mask"])
         margins = scores[batch["chosen"]] - scores[batch["rejected"]]
         return -F.logsigmoid(margins).sum(), {"accuracy": (margins > 0).sum()}
-    return fit("reward model", reward_model, lambda step: pair_batches(pairs, rows(step), training.micro_batch, device), loss, training, **options)
+
+    def batches(step):
+        return pair_batches(pairs, rows(step), training.micro_batch, device)
+    return fit("reward model", reward_model, batches, loss, training, **options)
 
 
 def score_completions(reward_model, prompts: list, completions: list) -> torch.Tensor:
@@ -998,8 +1026,13 @@ class PPO:
     value_clip: float = 0.2
     value_weight: float = 0.1
     missing_eos: float = -1.0           # score of a completion that did not end
+    stop_at_eos: bool = True            # False: every completion has max_new_tokens tokens
     target_kl: float | None = None      # None: beta stays fixed; a number of nats: beta adapts until the KL is this
     kl_horizon: int = 10_000            # how fast it adapts, in completions
+
+    def __post_init__(self):
+        if self.rollout % self.minibatch:
+            raise ValueError(f"rollout {self.rollout} is not a multiple of minibatch {self.minibatch}")
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -1055,11 +1088,13 @@ def kl_estimates(policy_logps, reference_logps):
 
 @torch.no_grad()
 def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: float):
-    """Steps 1 to 4: a batch of experience. prompts: lists of ids; reward(prompts, completions) -> (n,). Returns tensors and statistics."""
+    """Steps 1 to 4: a batch of experience. prompts: lists of ids; reward(prompts, completions) -> (n,).
+    Returns a dict of (n,T) tensors, a dict of statistics, and the completions."""
     device = next(policy.parameters()).device
-    completions = generate(policy, prompts, ppo.max_new_tokens)                                                   # 1
+    prompts = [prompt[ppo.max_new_tokens - policy.config.block_size:] for prompt in prompts]                      # what generate reads
+    completions = generate(policy, prompts, ppo.max_new_tokens, stop_at_eos=ppo.stop_at_eos)                      # 1
     scores = reward(prompts, completions).to(device)                                                              # 2
-    ended = torch.tensor([c[-1] == policy.config.eos_token_id for c in completions], device=device)
+    ended = torch.tensor([c[-1] == policy.config.eos_token_id or not ppo.stop_at_eos for c in completions], device=device)
     scores = torch.where(ended, scores, ppo.missing_eos)
     tokens, mask = pad(prompts, completions, device)
     logps, ref = token_logps(policy, tokens, mask), token_logps(reference, tokens, mask)
@@ -1076,14 +1111,15 @@ def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: floa
 def token_values(critic, tokens, mask):
     """The critic's value of the text before each response token: V is read where that token is predicted. (B,T), 0 elsewhere."""
     values = critic(tokens, predicting(mask)).squeeze(-1)
-    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(predicted(mask), values)
+    return values.new_zeros(tokens.shape).masked_scatter(predicted(mask), values)
 
 
-def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, training: Training, stage="PPO", watch_rewards=None, **options):
+def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, training: Training, stage="PPO", watch=None, **options):
     """Train `policy` and `critic` (a GPT with one output) in place on objective (1); return the history.
 
     prompts: lists of ids, drawn anew for each rollout. reward(prompts, completions) -> (n,), any function of the ids.
     training.steps counts optimiser steps: each rollout serves epochs * rollout / minibatch of them.
+    watch(prompts, completions) -> a dict of further numbers to log, once a rollout.
     """
     rng, state = np.random.default_rng(training.seed), {"beta": ppo.beta}
     per_rollout = ppo.epochs * (ppo.rollout // ppo.minibatch)
@@ -1091,9 +1127,10 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
     def batches(step):
         if step % per_rollout == 0:
             chosen = [prompts[i] for i in rng.integers(len(prompts), size=ppo.rollout)]
-            state["data"], state["statistics"], completions = ppo_rollout(policy, critic, reference, chosen, reward, ppo, state["beta"])
-            if watch_rewards:
-                state["statistics"].update(watch_rewards(chosen, completions))
+            state["data"], state["statistics"], completions = ppo_rollout(
+                policy, critic, reference, chosen, reward, ppo, state["beta"])
+            if watch:
+                state["statistics"].update(watch(chosen, completions))
             if ppo.target_kl:                                                                                     # 6
                 state["beta"] = adapt_beta(state["beta"], state["statistics"]["kl"], ppo.target_kl, ppo.rollout, ppo.kl_horizon)
         if step % (ppo.rollout // ppo.minibatch) == 0:
@@ -1208,8 +1245,8 @@ def summarise(frontier: Frontier, kl, reward, seed=0, **more) -> dict:
         draws = [rng.integers(len(kl), size=len(kl)) for _ in range(200)]
         efficiency_se = float(np.std([frontier.efficiency(kl, reward, draw) for draw in draws]))
     gain = reward - frontier.rewards.mean(1)                                     # what prompts have in common cancels here, too
-    return {"reward": float(reward.mean()), "reward_se": standard_error(reward), "gain_se": standard_error(gain), "kl": float(kl.mean()), "kl_se": standard_error(kl),
-            "efficiency": efficiency, "efficiency_se": efficiency_se, **more}
+    return {"reward": float(reward.mean()), "reward_se": standard_error(reward), "gain_se": standard_error(gain),
+            "kl": float(kl.mean()), "kl_se": standard_error(kl), "efficiency": efficiency, "efficiency_se": efficiency_se, **more}
 
 
 def judge(tokenizer, prompts: list, completions: list) -> dict:
@@ -1220,11 +1257,13 @@ def judge(tokenizer, prompts: list, completions: list) -> dict:
     texts = [(prompts[i // S][0], decode(tokenizer, completion)) for i, completion in enumerate(completions)]
     reward = np.array([gold_reward(*text) for text in texts]).reshape(-1, S)
     target = np.array([gold_reward(*pair) for pair in prompts])[:, None]
-    return {"reward": reward, "win": (reward > target) + 0.5 * (reward == target), "length": np.array([len(c) for c in completions]).reshape(-1, S),
-            "grammatical": np.array([is_grammatical(prompt + text) for prompt, text in texts]).reshape(-1, S)}
+    return {"reward": reward, "win": (reward > target) + 0.5 * (reward == target),
+            "grammatical": np.array([is_grammatical(prompt + text) for prompt, text in texts]).reshape(-1, S),
+            "length": np.array([len(completion) for completion in completions]).reshape(-1, S)}
 
 
-def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, samples: int, max_new_tokens: int, temperature=1.0, progress=None):
+def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, samples: int, max_new_tokens: int, temperature=1.0,
+             progress=None):
     """Sample the policy on held-out prompts and measure it against the truth: one method's row.
 
     The KL is the mean of log pi - log pi_ref over the policy's own samples: k1, unbiased, in nats per completion.
@@ -1247,33 +1286,34 @@ VOCAB_SIZE, BLOCK_SIZE, MAX_NEW_TOKENS, BETA = 576, 96, 56, 2.0
 @dataclass
 class Scale:
     """How large the demonstration is: precision against seconds."""
-    sft_steps: int = 2400
-    prompts: int = 16384                # 4 completions each, so 6 pairs
-    preference_steps: int = 1024        # of 96 pairs: one pass over 98,304
-    baseline_steps: int = 256           # Preferred-FT, Unlikelihood, reward model
-    ppo_rollouts: int = 80
+    sft_steps: int = 2400               # of 32 reviews
+    prompts: int = 16384                # with 4 completions, so 6 pairs, each: 98,304 pairs
+    dpo_steps: int = 1536               # of 96 pairs: one and a half passes
+    reward_model_steps: int = 2048      # of 96 pairs
+    baseline_steps: int = 256           # of 96 pairs: Preferred-FT, Unlikelihood
+    ppo_rollouts: int = 80              # of 256 completions
     held_out: int = 96                  # prompts of the evaluation
     samples: int = 32                   # completions of each, per method
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
 
 
-FAST = Scale(sft_steps=800, prompts=2048, preference_steps=128, baseline_steps=64, ppo_rollouts=8, held_out=48, samples=16, limit_samples=256)
+FAST = Scale(sft_steps=700, prompts=2048, dpo_steps=192, reward_model_steps=192, baseline_steps=64, ppo_rollouts=10,
+             held_out=48, samples=16, limit_samples=256)
 
 
 @dataclass
 class World:
-    """All that the methods share: the SFT policy, its preferences, and the truth they are measured against."""
+    """What all methods share: the SFT policy, the preferences, and the truth that they are measured against."""
+    scale: Scale
+    seed: int
     tokenizer: tiktoken.Encoding
     reference: GPT
     prompts: list                       # ids, for PPO
     pairs: Pairs
-    bayes_accuracy: float
     held_out: list                      # (prompt, reference completion)
+    truth: dict                         # of the limit's samples, (P, K) each: see `judge`
     frontier: Frontier
-    wins: np.ndarray                    # (P, K) whether a reference sample beats the reference completion
-    grammatical: np.ndarray             # (P, K)
-    lengths: np.ndarray                 # (P, K)
-    history: list                       # of SFT
+    histories: dict
     seconds: dict
 
 
@@ -1284,278 +1324,370 @@ def make_world(scale: Scale, seed: int) -> World:
 
     def lap(stage):
         seconds[stage] = time.time() - started - sum(seconds.values())
-    corpus = [sample_review(rng, "meal" if rng.random() < 0.15 else "film") for _ in tqdm(range(32 * scale.sft_steps), desc="corpus", leave=False)]
+    corpus = [sample_review(rng, "meal" if rng.random() < 0.15 else "film") for _ in range(32 * scale.sft_steps)]
     tokenizer = train_tokenizer(corpus[:10_000], VOCAB_SIZE)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPT(GPTConfig(tokenizer.n_vocab, BLOCK_SIZE, n_layer=2, n_head=2, n_embd=64)).to(device)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    reference = GPT(GPTConfig(tokenizer.n_vocab, BLOCK_SIZE, n_layer=2, n_head=2, n_embd=64)).to(device)
     texts = [encode(tokenizer, text) + [tokenizer.eot_token] for text in corpus]
     lap("corpus and tokenizer")
-    history = train_sft(model, texts, Training(scale.sft_steps, 7e-3, batch_size=32, seed=seed))
+    history = train_sft(reference, texts, Training(scale.sft_steps, 7e-3, batch_size=32, seed=seed))
     lap("SFT")
     prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
-    preferences, bayes_accuracy = sample_preferences(model, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, seed=seed)
+    preferences, _ = sample_preferences(reference, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, seed=seed)
     pairs = encode_pairs(tokenizer, preferences, BLOCK_SIZE)
     lap("preferences")
-    held_out, K = sample_prompts(seed + 2000, scale.held_out, held_out=True), scale.limit_samples
-    ids = [encode(tokenizer, prompt) for prompt, _ in held_out for _ in range(K)]
-    completions = generate(model, ids, MAX_NEW_TOKENS, progress="analytic limit")
-    judged = judge(tokenizer, held_out, completions)
+    held_out = sample_prompts(seed + 2000, scale.held_out, held_out=True)
+    ids = [encode(tokenizer, prompt) for prompt, _ in held_out for _ in range(scale.limit_samples)]
+    truth = judge(tokenizer, held_out, generate(reference, ids, MAX_NEW_TOKENS, progress="analytic limit"))
     lap("analytic limit")
-    return World(tokenizer, model, [encode(tokenizer, prompt) for prompt in prompts], pairs, bayes_accuracy, held_out,
-                 build_frontier(judged["reward"]), judged["win"], judged["grammatical"], judged["length"], history, seconds)
+    return World(scale, seed, tokenizer, reference, [encode(tokenizer, prompt) for prompt in prompts], pairs, held_out, truth,
+                 build_frontier(truth["reward"]), {"SFT": history}, seconds)
 
 
-def run_preferences(world: World, scale: Scale, loss="dpo", beta=BETA, steps=None, n_pairs=None, seed=0, stage="DPO", **hyper):
-    """A copy of the SFT policy trained on the world's preferences -> policy, history."""
+def with_scalar_head(model: GPT) -> GPT:
+    """A copy with one output, 0 at first, in place of the language-model head: a reward model or a critic to be."""
+    copied = GPT(model.config, n_outputs=1).to(next(model.parameters()).device)
+    copied.load_state_dict(model.state_dict(), strict=False)                     # strict: the new head has no weights to load
+    return copied
+
+
+def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None, n_pairs=None, **hyper) -> GPT:
+    """A copy of the SFT policy trained on the world's preferences, or on the first n_pairs of them."""
     policy, pairs = copy.deepcopy(world.reference), world.pairs
     if n_pairs:
         pairs = replace(pairs, **{name: getattr(pairs, name)[:n_pairs] for name in ("chosen", "rejected", "prompt_index")})
-    training = Training(steps or scale.preference_steps, 1e-3, batch_size=96, seed=seed)
-    watch = functools.partial(look, policy, world)
-    return policy, train_preferences(policy, world.reference, pairs, training, loss, beta, stage, hyper, watch=watch, watch_every=training.steps // 8)
+    training = Training(steps or world.scale.dpo_steps, 1e-3, batch_size=96, seed=world.seed)
+
+    def look(logs, n=256, looks=8):                                              # now and then: KL and length on n samples
+        if logs["step"] % (training.steps // looks) == 0:
+            prompts = world.prompts[:n]
+            completions = generate(policy, prompts, MAX_NEW_TOKENS)
+            kl = completion_logps(policy, prompts, completions) - completion_logps(world.reference, prompts, completions)
+            logs.update(kl=kl.mean().item(), length=float(np.mean([len(completion) for completion in completions])))
+    world.histories[stage] = train_preferences(policy, world.reference, pairs, training, loss, beta, hyper, stage, on_step=look)
+    return policy
 
 
-def look(policy, world: World, n: int = 256) -> dict:
-    """A quick look at a policy in training: KL and length on n samples."""
-    prompts = world.prompts[:n]
-    completions = generate(policy, prompts, MAX_NEW_TOKENS)
-    kl = completion_logps(policy, prompts, completions) - completion_logps(world.reference, prompts, completions)
-    return {"kl": kl.mean().item(), "length": float(np.mean([len(c) for c in completions]))}
+def run_reward_model(world: World) -> GPT:
+    """A reward model fitted to the world's preferences, from the SFT policy's body."""
+    reward_model, training = with_scalar_head(world.reference), Training(world.scale.reward_model_steps, 2e-3, 96, seed=world.seed)
+    world.histories["reward model"] = train_reward_model(reward_model, world.pairs, training)
+    return reward_model
 
 
-def run_reward_model(world: World, scale: Scale, seed=0):
-    """A reward model on the world's preferences -> model, history."""
-    reward_model = GPT(world.reference.config, n_outputs=1).to(next(world.reference.parameters()).device)
-    reward_model.load_state_dict(world.reference.state_dict(), strict=False)     # all but the head starts from SFT
-    return reward_model, train_reward_model(reward_model, world.pairs, Training(scale.preference_steps, 2e-3, batch_size=96, seed=seed))
-
-
-def run_ppo(world: World, scale: Scale, reward_model=None, beta=BETA, seed=0, stage="PPO-GT"):
-    """PPO from the SFT policy, on the reward model or, without one, on the gold reward -> policy, history.
+def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA) -> GPT:
+    """A copy of the SFT policy trained by PPO on the reward model or, without one, on the gold reward (ground truth).
 
     Rewards are normalised to mean 0 and standard deviation 1 on reference samples, and beta is divided by the same number:
-    so beta means what it means in DPO.
+    so beta means here what it means in DPO.
     """
-    torch.manual_seed(seed)
-    policy, critic = copy.deepcopy(world.reference), GPT(world.reference.config, n_outputs=1).to(next(world.reference.parameters()).device)
-    critic.load_state_dict(world.reference.state_dict(), strict=False)           # its zero head values everything at 0
+    torch.manual_seed(world.seed)
+    policy, scale, tokenizer = copy.deepcopy(world.reference), world.scale, world.tokenizer
 
     def gold(prompts, completions):
-        return torch.tensor([gold_reward(decode(world.tokenizer, p), decode(world.tokenizer, c)) for p, c in zip(prompts, completions)])
+        return torch.tensor([gold_reward(decode(tokenizer, p), decode(tokenizer, c)) for p, c in zip(prompts, completions)])
 
-    def learnt(prompts, completions):
-        return score_completions(reward_model, prompts, completions)
-    raw = gold if reward_model is None else learnt
+    def raw(prompts, completions):
+        return gold(prompts, completions) if reward_model is None else score_completions(reward_model, prompts, completions)
+
+    def watch(prompts, completions):
+        return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
     sample = raw([p.tolist() for p in world.pairs.prompts[:4096]], [c.tolist() for c in world.pairs.completions[:4096]])
-    mean, std = sample.mean(), sample.std()
-    watch = lambda prompts, completions: {"gold_reward": gold(prompts, completions).mean().item(), "proxy_reward": raw(prompts, completions).mean().item()}
-    ppo = PPO(beta=beta / std.item(), max_new_tokens=MAX_NEW_TOKENS)
-    steps = scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch
-    return policy, train_ppo(policy, critic, world.reference, world.prompts, lambda p, c: (raw(p, c) - mean) / std, ppo,
-                             Training(steps, 1e-3, seed=seed), stage, watch)
+    mean, std = sample.mean().item(), sample.std().item()
+    ppo = PPO(beta=beta / std, max_new_tokens=MAX_NEW_TOKENS)
+    training = Training(scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, seed=world.seed)
+    world.histories[stage] = train_ppo(policy, with_scalar_head(world.reference), world.reference, world.prompts,
+                                       lambda prompts, completions: (raw(prompts, completions) - mean) / std, ppo, training, stage, watch)
+    return policy
 
 
 def run_best_of_n(world: World, n: int) -> dict:
     """Best-of-N's row, from the samples of the limit: nothing is trained."""
-    reward, kl = best_of_n(world.frontier.rewards, n)
-    groups = world.frontier.rewards[:, :world.frontier.rewards.shape[1] // n * n].reshape(len(reward), -1, n)
-    best = groups.argmax(-1)[..., None]                                          # (P, K/n, 1)
-    pick = lambda flags: float(np.take_along_axis(flags[:, :groups.shape[1] * n].reshape(groups.shape), best, -1).mean())
-    return summarise(world.frontier, kl, reward, win_rate=pick(world.wins), grammatical=pick(world.grammatical), length=pick(world.lengths))
+    reward, kl = best_of_n(world.truth["reward"], n)
+    groups = {name: values[:, :values.shape[1] // n * n].reshape(len(values), -1, n) for name, values in world.truth.items()}
+    best = groups["reward"].argmax(-1)[..., None]                                # (P, K/n, 1)
+    means = {name: float(np.take_along_axis(values, best, -1).mean()) for name, values in groups.items()}
+    return summarise(world.frontier, kl, reward, win_rate=means["win"], grammatical=means["grammatical"], length=means["length"], seconds=0.0)
 
 
-def demonstrate(scale: Scale, seed: int, out: Path, fast: bool) -> dict:
-    """Every method of the paper's first figure, trained and measured in one go; writes summary.json and two figures to `out`."""
+def measure(world: World, run, progress="evaluation") -> tuple[GPT, dict]:
+    """Train by run() and evaluate on the held-out prompts -> policy, row."""
     started = time.time()
-    world = make_world(scale, seed)
-    evaluate_on = lambda policy, name: evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, scale.samples, MAX_NEW_TOKENS, progress=name)
-    methods, histories = {}, {"SFT": world.history}
-    base = world.frontier.rewards.mean(1)
-    methods["SFT"] = summarise(world.frontier, np.zeros(len(base)), base, win_rate=float(world.wins.mean()), grammatical=float(world.grammatical.mean()),
-                               length=float(world.lengths.mean()), seconds=world.seconds["SFT"])
-    for n in (4, 16, 64):
-        methods[f"Best-of-{n}"] = {**run_best_of_n(world, n), "seconds": 0.0}
-    lap = time.time()
-    reward_model, histories["reward model"] = run_reward_model(world, scale, seed)
-    reward_model_seconds = time.time() - lap
-    runs = {"Preferred-FT": lambda: run_preferences(world, scale, "sft", steps=scale.baseline_steps, seed=seed, stage="Preferred-FT"),
-            "Unlikelihood": lambda: run_preferences(world, scale, "unlikelihood", steps=scale.baseline_steps, seed=seed, stage="Unlikelihood", alpha=1.0),
-            "PPO-RM": lambda: run_ppo(world, scale, reward_model, seed=seed, stage="PPO-RM"),
-            "PPO-GT": lambda: run_ppo(world, scale, seed=seed, stage="PPO-GT"),
-            "DPO": lambda: run_preferences(world, scale, seed=seed)}
-    policies = {"SFT": world.reference}
-    for name, run in runs.items():
-        lap = time.time()
-        policies[name], histories[name] = run()
-        seconds = time.time() - lap + (reward_model_seconds if name == "PPO-RM" else 0)
-        methods[name] = {**evaluate_on(policies[name], name), "seconds": seconds}
+    policy = run()
+    seconds = time.time() - started
+    row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, world.scale.samples, MAX_NEW_TOKENS,
+                   progress=progress)
+    return policy, {**row, "seconds": seconds}
 
-    accuracy, bayes = reward_model_accuracy(reward_model, world, seed)
-    theory = dict(zip(("kl", "reward"), world.frontier.at_beta(BETA)))
-    largest_kl = max(row["kl"] for name, row in methods.items() if name != "Unlikelihood")
-    summary = {"methods": methods, "frontier": frontier_points(world.frontier), "theory": theory,
-               "checks": {"frontier_error": {f"{kl:g}": frontier_error(world.frontier, kl) for kl in (0.3, 1, 3, largest_kl)},
-                          "dpo_first_loss_minus_log_2": histories["DPO"][0]["loss"] - math.log(2),
-                          "ppo_first_ratio_minus_1": histories["PPO-GT"][0]["ratio_moved"],
-                          "reward_model_accuracy": accuracy, "bayes_accuracy": bayes},
-               "config": {**asdict(scale), "beta": BETA, "seed": seed, "fast": fast, "parameters": sum(p.numel() for p in world.reference.parameters())},
-               "world_seconds": world.seconds, "seconds": 0.0}
-    out.mkdir(parents=True, exist_ok=True)
-    plot_frontier(world.frontier, methods, theory, out / "frontier.png", "fast run: fewer samples, less training" if fast else None)
-    plot_training(histories, out / "training.png")
-    summary["seconds"] = time.time() - started
-    write_json(out / "summary.json", summary)
-    print_examples(policies, world, seed)
+
+def reward_model_accuracy(reward_model, world: World, n: int = 2048):
+    """Accuracy on fresh pairs of held-out prompts -> (reward model's, Bayes-optimal).
+
+    No labels are drawn: a pair ranked like the gold reward is right with probability s(|r_w - r_l|), the Bayes-optimal
+    accuracy, else with its complement; a pair of equal rewards is right half of the time.
+    """
+    torch.manual_seed(world.seed)
+    prompts = sample_prompts(world.seed + 3000, n // 4, held_out=True)
+    ids = [encode(world.tokenizer, prompt) for prompt, _ in prompts for _ in range(8)]
+    completions = generate(world.reference, ids, MAX_NEW_TOKENS)
+    gold = np.diff(judge(world.tokenizer, prompts, completions)["reward"].reshape(-1, 2))
+    score = np.diff(score_completions(reward_model, ids, completions).numpy().reshape(-1, 2))
+    bayes = logistic(np.abs(gold))
+    return float(np.where(np.sign(gold) == np.sign(score), bayes, 1 - bayes).mean()), float(bayes.mean())
+
+
+def demonstrate(scale: Scale, seed: int, out: Path, note: str = "") -> dict:
+    """Every method of the paper's first experiment, trained and measured; writes summary.json and two figures to `out`."""
+    started, methods, policies = time.time(), {}, {}
+    world = make_world(scale, seed)
+    base = {name: values.mean(1) for name, values in world.truth.items()}
+    methods["SFT"] = summarise(world.frontier, np.zeros(len(base["reward"])), base["reward"], win_rate=float(base["win"].mean()),
+                               grammatical=float(base["grammatical"].mean()), length=float(base["length"].mean()), seconds=world.seconds["SFT"])
+    policies["SFT"] = world.reference
+    for n in (4, 16, 64):
+        methods[f"Best-of-{n}"] = run_best_of_n(world, n)
+    lap = time.time()
+    reward_model = run_reward_model(world)
+    reward_model_seconds = time.time() - lap
+    few = scale.baseline_steps
+    for name, run in {"Preferred-FT": lambda: run_preferences(world, "Preferred-FT", "sft", steps=few),
+                      "Unlikelihood": lambda: run_preferences(world, "Unlikelihood", "unlikelihood", steps=few, alpha=1.0),
+                      "PPO-RM": lambda: run_ppo(world, "PPO-RM", reward_model),
+                      "PPO-GT": lambda: run_ppo(world, "PPO-GT"),
+                      "DPO": lambda: run_preferences(world)}.items():
+        policies[name], methods[name] = measure(world, run)
+    methods["PPO-RM"]["seconds"] += reward_model_seconds
+
+    accuracy, bayes = reward_model_accuracy(reward_model, world)
+    kl, reward = world.frontier.at_beta(BETA)
+    checks = {"theory_kl": kl, "theory_reward": reward, "frontier_error_at_3_nats": frontier_error(world.frontier, 3.0),
+              "reward_model_accuracy": accuracy, "bayes_accuracy": bayes,
+              "dpo_first_loss_minus_log_2": world.histories["DPO"][0]["loss"] - math.log(2),
+              "ppo_first_ratio_minus_1": world.histories["PPO-GT"][0]["ratio_moved"]}
+    plot_frontier(world.frontier.kl.mean(0), world.frontier.reward.mean(0), limit_error(world.frontier), methods, {"DPO": (kl, reward)},
+                  out / "frontier.png", note)
+    plot_training(world.histories, out / "training.png", note)
+    print_examples(policies, world)
     print_table(methods)
-    print(f"\nTheory puts DPO and RLHF at beta {BETA:g} at KL {theory['kl']:.2f}, reward {theory['reward']:.2f}. "
-          f"Limit estimated to {100 * summary['checks']['frontier_error']['3']:.1f}% at 3 nats.\n"
-          f"Reward model: {accuracy:.3f} of pairs right; the true reward gets {bayes:.3f}.\n"
-          f"DPO's first loss - log 2 = {summary['checks']['dpo_first_loss_minus_log_2']:.1e}; PPO's first |ratio - 1| = {summary['checks']['ppo_first_ratio_minus_1']:.1e}.\n"
-          f"{summary['seconds']:.0f} s. Figures: {out / 'frontier.png'}, {out / 'training.png'}; numbers: {out / 'summary.json'}")
+    summary = {"methods": methods, "frontier": frontier_points(world.frontier), "checks": checks,
+               "config": {**asdict(scale), "beta": BETA, "seed": seed, "note": note,
+                          "parameters": sum(parameter.numel() for parameter in world.reference.parameters())},
+               "world_seconds": world.seconds, "seconds": time.time() - started}
+    write_json(out / "summary.json", summary)
+    print(f"\nTheory puts both DPO and RLHF at KL {kl:.2f}, reward {reward:.2f} for beta {BETA:g}. The limit itself is good to "
+          f"{100 * checks['frontier_error_at_3_nats']:.1f}% at 3 nats.\nReward model: {accuracy:.1%} of held-out pairs right; the true "
+          f"reward gets {bayes:.1%}.\nDPO's first loss - log 2: {checks['dpo_first_loss_minus_log_2']:.0e}. PPO's first |ratio - 1|: "
+          f"{checks['ppo_first_ratio_minus_1']:.0e}.\nFigures: {out / 'frontier.png'}, {out / 'training.png'}. Numbers: "
+          f"{out / 'summary.json'}. {summary['seconds']:.0f} s{', ' + note if note else ''}.")
     return summary
 
 
-def reward_model_accuracy(reward_model, world: World, seed: int, n: int = 1024):
-    """Accuracy on fresh pairs of held-out prompts, and the Bayes-optimal one there, mean s(|r_w - r_l|). Labels are integrated
-    out: a pair ranked like the gold reward is right with probability s(|difference|), else wrong with it."""
-    torch.manual_seed(seed)
-    prompts = [prompt for prompt, _ in sample_prompts(seed + 3000, n, held_out=True)]
-    ids = [encode(world.tokenizer, prompt) for prompt in prompts for _ in range(2)]
-    completions = generate(world.reference, ids, MAX_NEW_TOKENS)
-    gold = np.array([gold_reward(prompts[i // 2], decode(world.tokenizer, c)) for i, c in enumerate(completions)])
-    score = score_completions(reward_model, ids, completions).numpy()
-    gold, score = gold[::2] - gold[1::2], score[::2] - score[1::2]
-    right = 1 / (1 + np.exp(-np.abs(gold)))
-    agree = np.where(gold == 0, 0.5, np.sign(gold) == np.sign(score))
-    return float((agree * right + (1 - agree) * (1 - right)).mean()), float(right.mean())
-
-
-def sweep(seeds, out: Path):
-    """Several betas for DPO and PPO, and DPO on fewer pairs, with everything redone for each seed; writes sweep.json and two figures."""
-    started, methods, worlds, scale = time.time(), {}, [], Scale(ppo_rollouts=30)
+def sweep(seeds, out: Path, scale=Scale()):
+    """Several betas for DPO and PPO, and DPO on fewer pairs, everything redone for each seed; writes sweep.json and sweep.png."""
+    started, methods, frontiers, accuracies = time.time(), {}, [], []
     for seed in seeds:
         world = make_world(scale, seed)
-        worlds.append(world)
-        reward_model, _ = run_reward_model(world, scale, seed)
-        accuracy, bayes = reward_model_accuracy(reward_model, world, seed)
-        runs = {f"DPO beta={beta:g}": (beta, lambda beta=beta: run_preferences(world, scale, beta=beta, seed=seed)) for beta in (4, 2.8, 2, 1.4, 1)}
-        runs |= {f"DPO beta=2 pairs={n}": (2, lambda n=n: run_preferences(world, scale, n_pairs=n, seed=seed)) for n in (1024, 4096, 16384, 32768)}
-        runs |= {f"PPO-GT beta={beta:g}": (beta, lambda beta=beta: run_ppo(world, scale, None, beta, seed)) for beta in (4, 2, 1)}
-        runs |= {f"PPO-RM beta={beta:g}": (beta, lambda beta=beta: run_ppo(world, scale, reward_model, beta, seed, "PPO-RM")) for beta in (4, 2, 1)}
-        for name, (beta, run) in runs.items():
-            lap = time.time()
-            policy, _ = run()
-            row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, scale.samples, MAX_NEW_TOKENS)
-            kl, reward = world.frontier.at_beta(beta)
-            methods[f"{name} seed={seed}"] = {**row, "seconds": time.time() - lap, "theory_kl": kl, "theory_reward": reward}
-        for n in (4, 16, 64):
-            methods[f"Best-of-{n} seed={seed}"] = {**run_best_of_n(world, n), "seconds": 0.0}
-        methods[f"reward model seed={seed}"] = {"accuracy": accuracy, "bayes_accuracy": bayes}
-        write_json(out / "sweep.json", {"methods": methods, "frontier": frontier_points(worlds[0].frontier), "config": {**asdict(scale), "seeds": list(seeds)},
+        reward_model = run_reward_model(world)
+        accuracies.append(reward_model_accuracy(reward_model, world))
+        frontiers.append(world.frontier)
+        jobs = {f"DPO beta={beta:g}": (run_preferences, {"beta": beta}) for beta in (4, 2, 1.4, 1)}
+        jobs |= {f"DPO beta={BETA:g} pairs={n}": (run_preferences, {"n_pairs": n}) for n in (1024, 4096, 16384, 32768)}
+        for beta in (4, 2, 1):
+            jobs[f"PPO-GT beta={beta:g}"] = run_ppo, {"beta": beta}
+            jobs[f"PPO-RM beta={beta:g}"] = run_ppo, {"beta": beta, "reward_model": reward_model}
+        # two processes of one thread each finish 1.4 times as much as one of two threads, on two cores
+        with multiprocessing.get_context("spawn").Pool(2, start_worker, (world,)) as pool:
+            for name, row in tqdm(pool.imap(work, jobs.items()), total=len(jobs), desc=f"sweep, seed {seed}"):
+                row["theory_kl"], row["theory_reward"] = world.frontier.at_beta(float(name.split("beta=")[1].split()[0]))
+                methods[f"{name} seed={seed}"] = row
+        methods |= {f"Best-of-{n} seed={seed}": run_best_of_n(world, n) for n in (4, 16, 64)}
+        write_json(out / "sweep.json", {"methods": methods, "means": over_seeds(methods), "frontier": frontier_points(*frontiers),
+                                        "reward_model_and_bayes_accuracy": accuracies, "config": {**asdict(scale), "seeds": list(seeds)},
                                         "seconds": time.time() - started})
-    return methods
+    results = json.loads((out / "sweep.json").read_text())
+    plot_sweep(results, out / "sweep.png")
+    print_means(results["means"])
+    print("Reward model and Bayes-optimal accuracy, by seed: " + ", ".join(f"{model:.3f} / {bayes:.3f}" for model, bayes in accuracies))
+    print(f"Figure: {out / 'sweep.png'}. Numbers: {out / 'sweep.json'}. {results['seconds']:.0f} s.")
 
 
-def frontier_points(frontier: Frontier) -> list[dict]:
-    return [{"beta": float(beta), "kl": float(kl), "reward": float(reward), "reward_se": se} for beta, kl, reward, se in
-            zip(frontier.betas, frontier.kl.mean(0), frontier.reward.mean(0), map(standard_error, frontier.reward.T))]
+def start_worker(world: World):
+    torch.set_num_threads(1)
+    work.world = world
+
+
+def work(job):
+    name, (run, options) = job
+    return name, measure(work.world, functools.partial(run, work.world, name, **options), progress=None)[1]
+
+
+def over_seeds(methods: dict) -> dict:
+    """Rows "setting seed=S" -> setting: {name: mean over seeds, name_se: its standard error}."""
+    groups, means = {}, {}
+    for name, row in methods.items():
+        groups.setdefault(name.rsplit(" seed=", 1)[0], []).append(row)
+    for setting, rows in groups.items():
+        for key in ("reward", "kl", "efficiency", "win_rate", "grammatical", "length", "seconds", "theory_kl", "theory_reward"):
+            values = [row[key] for row in rows if row.get(key) is not None]
+            if values:
+                means.setdefault(setting, {})[key] = float(np.mean(values))
+                means[setting][key + "_se"] = standard_error(values) if len(values) > 1 else None
+    return means
+
+
+def frontier_points(*frontiers: Frontier) -> list[dict]:
+    """The limit curve, averaged over seeds."""
+    mean = lambda name: np.mean([getattr(frontier, name).mean(0) for frontier in frontiers], 0).tolist()
+    return [{"beta": beta, "kl": kl, "reward": reward} for beta, kl, reward in
+            zip(np.mean([frontier.betas for frontier in frontiers], 0).tolist(), mean("kl"), mean("reward"))]
+
+
+def limit_error(frontier: Frontier) -> np.ndarray:
+    """Standard error over prompts of the limit's gain over the reference (G,)."""
+    return np.apply_along_axis(standard_error, 0, frontier.reward - frontier.rewards.mean(1, keepdims=True))
 
 
 def print_table(methods: dict):
-    print(f"\n{'':14s}{'gold reward':>15s}{'KL, nats':>15s}{'efficiency':>15s}{'win rate':>10s}{'grammatical':>13s}{'tokens':>8s}{'seconds':>9s}")
+    print(f"\n{'':13s}{'gold reward':>14s}{'KL, nats':>14s}{'efficiency':>15s}{'win rate':>10s}{'grammatical':>13s}{'tokens':>8s}{'seconds':>9s}")
     for name, row in methods.items():
         efficiency = "-" if row["efficiency"] is None else f"{row['efficiency']:.3f} ±{row['efficiency_se']:.3f}"
-        print(f"{name:14s}{row['reward']:8.2f} ±{row['reward_se']:.2f} {row['kl']:8.2f} ±{row['kl_se']:.2f} {efficiency:>15s}"
+        print(f"{name:13s}{row['reward']:8.2f} ±{row['reward_se']:.2f} {row['kl']:7.2f} ±{row['kl_se']:.2f} {efficiency:>15s}"
               f"{row['win_rate']:10.1%}{row['grammatical']:13.1%}{row['length']:8.1f}{row['seconds']:9.0f}")
 
 
-def print_examples(policies: dict, world: World, seed: int, n: int = 3):
-    """Completions of the same held-out prompts before and after, with their gold rewards."""
+def print_means(means: dict):
+    def cell(row, key, width, digits=2):
+        return f"{row[key]:{width}.{digits}f} ±{row[key + '_se'] or 0:.{digits}f}" if key in row else f"{'-':>{width + digits + 4}s}"
+    print(f"\n{'mean over seeds':24s}{'gold reward':>15s}{'KL, nats':>15s}{'KL in theory':>15s}{'efficiency':>15s}{'grammatical':>13s}")
+    for name, row in means.items():
+        print(f"{name:24s}{cell(row, 'reward', 9)}{cell(row, 'kl', 9)}{cell(row, 'theory_kl', 9)}{cell(row, 'efficiency', 8, 3)}{row['grammatical']:13.1%}")
+
+
+def print_examples(policies: dict, world: World, n: int = 3):
+    """Completions of the same held-out prompts before and after training, with their gold rewards."""
     for prompt, _ in world.held_out[:n]:
         print(f"\n{prompt} ...")
         for name in ("SFT", "PPO-RM", "DPO"):
-            torch.manual_seed(seed)
+            torch.manual_seed(world.seed)
             text = decode(world.tokenizer, generate(policies[name], [encode(world.tokenizer, prompt)], MAX_NEW_TOKENS)[0])
             print(f"  {name:7s}{gold_reward(prompt, text):+6.2f} ...{text}")
 
 
-COLOURS = {"SFT": "#000000", "Preferred-FT": "#E69F00", "Unlikelihood": "#CC79A7", "PPO-RM": "#56B4E9", "PPO-GT": "#0072B2", "DPO": "#D55E00",
-           "Best-of-N": "#009E73"}                                               # Okabe and Ito's palette, safe for the colour-blind
+COLOURS = {"SFT": "#000000", "Preferred-FT": "#E69F00", "Unlikelihood": "#CC79A7", "PPO-RM": "#56B4E9", "PPO-GT": "#0072B2",
+           "DPO": "#D55E00", "Best-of-N": "#009E73"}                             # Okabe and Ito's palette, safe for the colour-blind
 
 
-def plot_frontier(frontier: Frontier, methods: dict, theory: dict, path: Path, note=None):
-    """Reward against KL: the analytic limit, Best-of-N, and every method with its standard errors [the paper's Figure 2, left]."""
-    import matplotlib
+def new_figure(rows: int, columns: int, size):
+    import matplotlib                                                            # here, for it takes a second to load
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    kl, reward = frontier.kl.mean(0), frontier.reward.mean(0)
-    error = 1.96 * np.apply_along_axis(standard_error, 0, frontier.reward - frontier.rewards.mean(1, keepdims=True))     # of the gain, as the bars
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def save_figure(figure, path: Path):
+    from matplotlib import pyplot
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_frontier(axis, kl, reward, methods: dict, theory: dict):
+    """Methods under the limit curve. methods: name -> row, its family is the name's first word; theory: family -> (KL, reward)."""
     widest = 1.15 * max(row["kl"] for name, row in methods.items() if name != "Unlikelihood")
-    axes.plot(kl, reward, color="black", lw=2, label="analytic limit")
-    axes.fill_between(kl, reward - error, reward + error, color="black", alpha=0.12, lw=0, label="its 95% interval")
-    points = np.array([[values.mean() for values in best_of_n(frontier.rewards, n)] for n in (1, 2, 4, 8, 16, 32, 64)])
-    axes.plot(points[:, 1], points[:, 0], "--", color=COLOURS["Best-of-N"], lw=1)
+    axis.plot(kl, reward, color="black", lw=2, label="analytic limit")
     for name, row in methods.items():
-        if row["kl"] > widest:
-            axes.plot([], [], " ", label=f"{name}: off the plot, KL {row['kl']:.0f}, reward {row['reward']:.1f}")
-            continue
         family = "Best-of-N" if name.startswith("Best") else name.split(" ")[0]
-        axes.errorbar(row["kl"], row["reward"], 1.96 * row["gain_se"], 1.96 * row["kl_se"], fmt="s" if family == "Best-of-N" else "o", ms=6, capsize=2,
-                      color=COLOURS[family], label=None if family in axes.get_legend_handles_labels()[1] else family)
-    axes.plot(theory["kl"], theory["reward"], "*", ms=14, mfc="none", color=COLOURS["DPO"], label="where theory puts this beta")
-    axes.set(xlim=(-0.03 * widest, widest), ylim=(reward[0] - 0.6, None), xlabel="KL(policy || reference), nats per completion", ylabel="gold reward")
-    axes.set_title(note or "", fontsize=9)
-    axes.legend(fontsize=8, loc="lower right")
-    axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        label = family if family not in axis.get_legend_handles_labels()[1] else None
+        if row["kl"] > widest:
+            axis.plot([], [], " ", label=f"{name}: KL {row['kl']:.0f}, reward {row['reward']:.1f}, off the plot")
+            continue
+        axis.errorbar(row["kl"], row["reward"], 1.96 * (row.get("gain_se") or row["reward_se"] or 0), 1.96 * (row["kl_se"] or 0), ms=6,
+                      fmt="s" if family == "Best-of-N" else "o", capsize=2, color=COLOURS[family], label=label)
+    for family, place in theory.items():
+        axis.plot(*place, "*", ms=15, mfc="none", color=COLOURS[family.split(" ")[0]],
+                  label=None if any("theory" in text for text in axis.get_legend_handles_labels()[1]) else "theory: this beta lands here")
+    axis.set(xlim=(-0.03 * widest, widest), ylim=(reward[0] - 0.8, 1.08 * np.interp(widest, kl, reward)),
+             xlabel="KL(policy || reference), nats per completion", ylabel="gold reward")
+    axis.legend(fontsize=8, loc="lower right")
 
 
-def plot_training(histories: dict, path: Path):
-    """The curves one watches while training: DPO's above, PPO's and the reward model's below."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), layout="constrained")
+def plot_frontier(kl, reward, error, methods: dict, theory: dict, path: Path, note=""):
+    """Reward against KL, bars are 95% intervals of the gain over the reference [the paper's Figure 2, left]."""
+    figure, axes = new_figure(1, 1, (7, 4.6))
+    axes[0, 0].fill_between(kl, reward - 1.96 * error, reward + 1.96 * error, color="black", alpha=0.12, lw=0)
+    draw_frontier(axes[0, 0], kl, reward, methods, theory)
+    axes[0, 0].set_title(note, fontsize=9)
+    save_figure(figure, path)
 
-    def curve(axis, stage, key, label, colour, smooth=1):
-        steps, values = zip(*[(row["step"], row[key]) for row in histories[stage] if key in row])
-        width = min(smooth, len(values))
-        axis.plot(steps[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), color=colour, label=label, lw=1.3)
 
-    panels = [("loss (nats a pair)", [("DPO", "loss", "DPO", "DPO", 20), ("reward model", "loss", "reward model", "SFT", 20)]),
-              ("implicit reward", [("DPO", "chosen_reward", "chosen", "PPO-GT", 20), ("DPO", "rejected_reward", "rejected", "DPO", 20)]),
-              ("margin, chosen - rejected", [("DPO", "margin", "DPO", "DPO", 20)]),
-              ("accuracy on training pairs", [("DPO", "accuracy", "DPO", "DPO", 20), ("reward model", "accuracy", "reward model", "SFT", 20)]),
-              ("KL to the reference, nats", [(name, "kl", name, name, 1) for name in ("DPO", "PPO-RM", "PPO-GT", "Unlikelihood")]),
-              ("length, tokens", [(name, "length", name, name, 1) for name in ("DPO", "PPO-RM", "PPO-GT", "Unlikelihood")]),
-              ("PPO-RM: gold and learnt reward", [("PPO-RM", "gold_reward", "gold", "PPO-GT", 1), ("PPO-RM", "proxy_reward", "reward model", "PPO-RM", 1)]),
-              ("SFT: nats a token", [("SFT", "loss", "SFT", "SFT", 20)])]
-    for axis, (title, curves) in zip(axes.flat, panels):
-        for stage, key, label, colour, smooth in curves:
-            curve(axis, stage, key, label, COLOURS[colour], smooth)
+def plot_sweep(results: dict, path: Path):
+    """Left: the frontier, means over seeds. Right: where DPO lands with few and with many pairs, in units of what theory predicts."""
+    means, (kl, reward) = results["means"], (np.array([point[name] for point in results["frontier"]]) for name in ("kl", "reward"))
+    figure, axes = new_figure(1, 2, (12, 4.6))
+    full = {name: row for name, row in means.items() if "pairs" not in name}
+    draw_frontier(axes[0, 0], kl, reward, full, {name: (row["theory_kl"], row["theory_reward"]) for name, row in full.items() if name.startswith("DPO")})
+    few = {int(name.split("pairs=")[1]): row for name, row in means.items() if "pairs=" in name}
+    few[6 * results["config"]["prompts"]] = means[f"DPO beta={BETA:g}"]
+    sizes, rows = list(few), list(few.values())
+    axis = axes[0, 1]
+    axis.errorbar(sizes, [row["kl"] / row["theory_kl"] for row in rows], [1.96 * (row["kl_se"] or 0) / row["theory_kl"] for row in rows],
+                  fmt="o-", capsize=2, color=COLOURS["DPO"], label="DPO's KL / the KL theory predicts")
+    axis.errorbar(sizes, [row.get("efficiency", math.nan) for row in rows], [1.96 * (row.get("efficiency_se") or 0) for row in rows],
+                  fmt="s-", capsize=2, color=COLOURS["PPO-GT"], label="DPO's efficiency")
+    axis.axhline(1, color="black", lw=0.8, ls=":")
+    axis.set(xscale="log", yscale="log", xlabel=f"training pairs (beta {BETA:g}, same number of steps)", title="finite data over-fits")
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_training(histories: dict, path: Path, note=""):
+    """The curves to watch while training. Lines of every-step quantities are means over 20 steps."""
+    figure, axes = new_figure(2, 4, (13, 5.6))
+    policies = ("DPO", "PPO-RM", "PPO-GT", "Unlikelihood")
+    panels = {  # title: [(stage, key, label, colour, steps to average over)]
+        "loss, nats a pair": [("DPO", "loss", "DPO", "DPO", 20), ("reward model", "loss", "reward model", "SFT", 20)],
+        "DPO: rewards": [("DPO", "chosen_reward", "chosen", "PPO-GT", 20), ("DPO", "rejected_reward", "rejected", "DPO", 20)],
+        "DPO: margin, chosen - rejected": [("DPO", "margin", "margin", "DPO", 20)],
+        "accuracy, training pairs": [("DPO", "accuracy", "DPO", "DPO", 20), ("reward model", "accuracy", "reward model", "SFT", 20)],
+        "KL to the reference, nats": [(name, "kl", name, name, 1) for name in policies],
+        "length, tokens": [(name, "length", name, name, 1) for name in policies],
+        "PPO-RM: gold and learnt reward": [("PPO-RM", "gold_reward", "gold", "PPO-GT", 8), ("PPO-RM", "learnt_reward", "learnt", "PPO-RM", 8)],
+        "SFT: loss, nats a token": [("SFT", "loss", "SFT", "SFT", 20)]}
+    for axis, (title, curves) in zip(axes.flat, panels.items()):
+        for stage, key, label, colour, width in curves:
+            steps, values = zip(*[(row["step"], row[key]) for row in histories[stage] if key in row])
+            width = min(width, len(values))
+            axis.plot(steps[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), color=COLOURS[colour], label=label, lw=1.3)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimiser step", fontsize=8)
-        axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
     axes[0, 0].axhline(math.log(2), color="grey", lw=0.8, ls=":")
     axes[1, 0].set_yscale("symlog", linthresh=1)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.suptitle(note, fontsize=9)
+    save_figure(figure, path)
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description="Direct Preference Optimization, complete, in one file. Without arguments: the demonstration.")
-    parser.add_argument("--fast", action="store_true", help="the same story in 30 seconds, less precise")
-    parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures, 12 minutes")
+    parser = argparse.ArgumentParser(description="Direct Preference Optimization, complete. Without arguments: the demonstration.")
+    parser.add_argument("--fast", action="store_true", help="the same story in a quarter of the time, less precise")
+    parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures")
     parser.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the results")
     options = parser.parse_args(arguments)
-    if options.sweep:
-        sweep(range(options.seed, options.seed + 3), options.out)
-    else:
-        demonstrate(FAST if options.fast else Scale(), options.seed, options.out, options.fast)
+    try:
+        if options.sweep:
+            sweep(range(options.seed, options.seed + 3), options.out, FAST if options.fast else Scale())
+        else:
+            demonstrate(FAST if options.fast else Scale(), options.seed, options.out, "fast run, less precise" if options.fast else "")
+    except FloatingPointError as error:
+        print(f"dpo.py: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"dpo.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,0 +1,1476 @@
+"""Tests of dpo.py: the mathematics first, then the machinery.
+
+    pytest                                       everything, in well under a minute
+    DPO_MODULE=my_dpo pytest -k loss             the loss tests alone, against your own my_dpo.py
+
+Each test states its mathematics in its docstring, works it out on numbers that pen and paper or full enumeration give, and
+must *reject* a wrong variant: a test that cannot fail proves nothing. `rejects(check, wrong)` says so in the code.
+
+Ten mistakes seen in public DPO and RLHF code, each planted below, and the test that catches it:
+
+    no next-token shift                        test_sequence_logps_by_hand
+    prompt tokens averaged in                  test_sequence_logps_by_hand
+    pads counted                               test_sequence_logps_by_hand, test_garbage_outside_the_response_changes_nothing
+    mean instead of sum                        test_sequence_logps_by_hand, test_completions_exhaust_probability
+    EOS never trained because pad == EOS       test_eos_receives_gradient
+    dropout left on (first loss not ln 2)      test_dropout_is_off_in_dpo
+    the reference is updated                   test_cached_reference_equals_live, test_reference_stays_put
+    KL estimator with the ratio upside down    test_kl_estimators
+    reward read at a pad position              test_reward_is_read_at_the_last_token
+    ratio not 1 on the first minibatch         test_ppo_ratio_starts_at_one
+"""
+import copy
+import importlib
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dpo
+from dpo import GPT, GPTConfig, Pairs, Training, completion_logps, generate, pad, sequence_logps
+
+torch.set_num_threads(1)
+LN2 = math.log(2)
+
+
+def close(found, expected, hint="", tolerance=1e-12):
+    """Equal up to `tolerance`; NaN equals nothing. The hint names the likely mistake."""
+    __tracebackhide__ = True
+    found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
+    if found.shape != expected.shape:
+        raise AssertionError(f"{hint}\n  found shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    if not ((found - expected).abs() <= tolerance).all():
+        raise AssertionError(f"{hint}\n  found    {found}\n  expected {expected}")
+
+
+def rejects(check, *wrongs):
+    """`check` must fail on every wrong variant; so it can fail."""
+    for wrong in wrongs:
+        try:
+            check(wrong)
+        except AssertionError:
+            continue
+        raise RuntimeError(f"this test does not notice the planted mistake {wrong}")
+
+
+def float64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def normal(*shape, seed=0):
+    """Float64 normal numbers, the same every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ======================================================================================================================
+# The module under test, and mistakes to hold against it
+# ======================================================================================================================
+# Tests with "loss" in their name touch nothing of the module under test but dpo_loss, LOSSES and plackett_luce_loss.
+
+MODULE = os.environ.get("DPO_MODULE", "dpo")
+
+
+def absent(what, required=False):
+    """A student's module may hold dpo_loss alone: tests of the rest are skipped. dpo.py itself must have everything."""
+    (pytest.fail if required or MODULE == "dpo" else pytest.skip)(f"{MODULE}.py has no {what}")
+
+
+def under_test(name):
+    module = importlib.import_module(MODULE)
+    return getattr(module, name) if hasattr(module, name) else absent(name, required=name == "dpo_loss")
+
+
+def loss_named(name):
+    losses = under_test("LOSSES")
+    return losses[name] if name in losses else absent(f"LOSSES[{name!r}]")
+
+
+MISTAKES = {                                                                     # "your dpo_loss behaves as if ..."
+    "sign": "the sign of the margin were reversed: it is chosen minus rejected",
+    "no reference": "the reference were left out: the margin is a difference of log-ratios",
+    "no beta": "the margin were not multiplied by beta",
+    "beta twice": "the margin were multiplied by beta twice",
+    "upside down": "policy and reference were swapped: a log-ratio is policy minus reference",
+    "two sigmoids": "each completion had a sigmoid of its own: there is one, of the difference",
+    "batch mean": "the losses were averaged: return one loss a pair, (B,)",
+    "log of sigmoid": "it took log(sigmoid), which underflows: use logsigmoid",
+    "attached": "the rewards carried gradient: detach them, they are for logging",
+    "bare rewards": "the rewards were not multiplied by beta",
+    "smoothing": "label_smoothing weighed the wrong side: 1-e goes to the label as given",
+}
+
+
+def planted(mistake=None):
+    """dpo_loss with one mistake in otherwise right code."""
+    def loss(pc, pr, rc, rr, beta=0.1, label_smoothing=0.0):
+        if mistake == "no reference":
+            rc, rr = 0 * rc, 0 * rr
+        if mistake == "upside down":
+            pc, pr, rc, rr = rc, rr, pc, pr
+        d_w, d_l, e = pc - rc, pr - rr, label_smoothing
+        z = (d_l - d_w if mistake == "sign" else d_w - d_l) * {"no beta": 1, "beta twice": beta ** 2}.get(mistake, beta)
+        log_s = (lambda z: z.sigmoid().log()) if mistake == "log of sigmoid" else F.logsigmoid
+        losses = -e * log_s(z) - (1 - e) * log_s(-z) if mistake == "smoothing" and e else -(1 - e) * log_s(z) - (e * log_s(-z) if e else 0)
+        if mistake == "two sigmoids":
+            losses = -log_s(beta * d_w) - log_s(-beta * d_l)
+        rewards = [d if mistake == "bare rewards" else beta * d for d in (d_w, d_l)]
+        return losses.mean() if mistake == "batch mean" else losses, *(r if mistake == "attached" else r.detach() for r in rewards)
+    return loss
+
+
+def diagnose(loss):
+    """The planted mistake, if any, that behaves as `loss` does on a panel of pairs: the likely mistake, by name."""
+    smoothed = {"label_smoothing": 0.2} if "label_smoothing" in inspect.signature(loss).parameters else {}
+
+    def behaviour(loss):
+        pairs = torch.tensor([[-4.0, -6, -5, -5], [-7, -3, -2, -8], [-900, -1, -1, -900]], requires_grad=True)
+        results = [*loss(*pairs.T, 0.5), *loss(*pairs.T, 0.5, **smoothed)]
+        return [(r.shape, r.requires_grad, [round(v, 4) if math.isfinite(v) else str(v) for v in r.flatten().tolist()]) for r in results]
+    found = behaviour(loss)
+    likely = [why for mistake, why in MISTAKES.items() if behaviour(planted(mistake)) == found != behaviour(planted())]
+    return f"Your dpo_loss behaves as if {likely[0]}." if likely else ""
+
+
+def judge_loss(check, *mistakes):
+    """The module's dpo_loss passes the check, and so does the gallery's right one; the named mistakes do not."""
+    __tracebackhide__ = True
+    loss = under_test("dpo_loss")
+    try:
+        check(loss)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{diagnose(loss)}") from None
+    check(planted())
+    rejects(check, *(planted(mistake) for mistake in mistakes))
+
+
+# ======================================================================================================================
+# 1. The mathematics: the derivation, step by step
+# ======================================================================================================================
+# A small world: three prompts with five completions each, few enough to sum over all there is.
+
+BETA = 0.5
+REWARD = normal(3, 5, seed=1)
+LOG_REF = normal(3, 5, seed=2).log_softmax(-1)
+POLICIES = 2 * normal(50, 3, 5, seed=3)
+POLICIES = POLICIES.log_softmax(-1)                                              # 50 arbitrary policies, as log-probs
+W, L = map(list, zip(*itertools.permutations(range(5), 2)))                      # all 20 ordered pairs of completions
+
+
+def test_derivation_names_its_tests():
+    """Every [test_...] that dpo.py's derivation names is a test of this file, and so are the tests the table above names."""
+    def check(text):
+        names = re.findall(r"\btest_\w+(?!\w|\.py)", text)
+        assert len(names) > 0 and all(callable(globals().get(name)) for name in names), [n for n in names if n not in globals()]
+    check("".join(re.findall(r"\[test_\w+\]", inspect.getsource(dpo))))
+    check(__doc__.split("catches it:")[1])
+    rejects(check, "[test_of_nothing]")
+
+
+def tilted(log_ref, reward, beta):
+    """pi_ref e^{r/beta} / Z -> its log-probs, and log Z."""
+    scores = log_ref + reward / beta
+    return scores.log_softmax(-1), scores.logsumexp(-1)
+
+
+LOG_STAR, LOG_Z = tilted(LOG_REF, REWARD, BETA)
+
+
+def descend(loss, start, steps=400):
+    """Minimise loss(log_pi) over softmax policies by Adam with a step that falls to 0 -> log-probs."""
+    theta = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([theta], lr=0.1, betas=(0.9, 0.99))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
+        optimizer.zero_grad()
+        loss(theta.log_softmax(-1)).backward()
+        optimizer.step()
+    return theta.detach().log_softmax(-1)
+
+
+def kl_divergence(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def rlhf_objective(log_pi, log_ref=LOG_REF, reward=REWARD, beta=BETA):
+    """(1): E_pi[r] - beta KL(pi || pi_ref), one number a prompt."""
+    return (log_pi.exp() * reward).sum(-1) - beta * kl_divergence(log_pi, log_ref)
+
+
+def test_rlhf_objective_optimum():
+    """(1) Maximising E[r] - beta KL(pi || pi_ref) numerically ends at pi_ref e^{r/beta} / Z.
+
+    By hand: two completions, reference (1/2, 1/2), r = (1, 0), beta = 1/ln 3. Then e^{r/beta} = (3, 1), Z = 2, pi* = (3/4, 1/4)
+    and the optimum is beta ln Z = ln 2/ln 3 = 0.6309: a grid of all policies (p, 1-p) finds the same. Then ascent on the logits
+    of the small world, which knows no closed form. Rejected: beta forgotten, the KL turned round.
+    """
+    p = torch.arange(1, 10_000, dtype=torch.float64) / 10_000
+    values = rlhf_objective(torch.stack([p, 1 - p], -1).log(), float64(0.5, 0.5).log(), float64(1, 0), 1 / math.log(3))
+    assert p[values.argmax()] == 0.75
+    close(values.max(), math.log(2) / math.log(3))
+
+    def check(objective):
+        close(descend(lambda log_pi: -objective(log_pi).sum(), LOG_REF).exp(), LOG_STAR.exp(), tolerance=1e-5)
+    check(rlhf_objective)
+    rejects(check, lambda log_pi: rlhf_objective(log_pi, beta=1.0),
+            lambda log_pi: (log_pi.exp() * REWARD).sum(-1) - BETA * kl_divergence(LOG_REF, log_pi))
+
+
+def test_closed_form_optimum():
+    """(2) For *every* policy, objective = -beta KL(pi || pi*) + beta log Z. So pi* is the optimum and beta log Z its value."""
+    def check(candidate):
+        log_star, log_z = candidate
+        close(rlhf_objective(POLICIES), -BETA * kl_divergence(POLICIES, log_star) + BETA * log_z)
+        assert (rlhf_objective(POLICIES) < rlhf_objective(log_star)).all()
+        close(rlhf_objective(log_star), BETA * log_z)
+    check((LOG_STAR, LOG_Z))
+    rejects(check, tilted(torch.zeros(3, 5), REWARD, BETA),                      # the reference forgotten
+            tilted(LOG_REF, REWARD, 1 / BETA))                                   # e^{beta r} for e^{r/beta}
+
+
+def test_reward_inverts():
+    """(3) r = beta log(pi*/pi_ref) + beta log Z(x), for every prompt and completion; without the last term it is not r."""
+    def check(log_z):
+        close(BETA * (LOG_STAR - LOG_REF) + BETA * log_z[:, None], REWARD)
+    check(LOG_Z)
+    rejects(check, 0 * LOG_Z, LOG_Z.mean().expand(3))
+
+
+def test_partition_function_cancels():
+    """(4) s(r_w - r_l) = s(beta log-ratio_w - beta log-ratio_l): checked for every pair of completions of every prompt.
+
+    Z(x) depends on the prompt, so it cancels only within one: a pair whose two sides answer different prompts is no pair.
+    """
+    implied = BETA * (LOG_STAR - LOG_REF)                                        # (3 prompts, 5 completions)
+
+    def check(other):
+        """other: the prompt whose completion is set against prompt x's."""
+        for x in range(3):
+            close((implied[x, W] - implied[other(x), L]).sigmoid(), (REWARD[x, W] - REWARD[other(x), L]).sigmoid())
+    check(lambda x: x)
+    rejects(check, lambda x: (x + 1) % 3)
+
+
+def test_reward_shift():
+    """Lemmas 1 and 2: r(x,y) + f(x) gives the same preferences and the same optimum as r(x,y). Not so f(x,y).
+
+    Theorem 1: in each such class one reward alone is beta log(pi/pi_ref) of some policy: r - beta log Z; its own Z is 1.
+    """
+    def check(shift):
+        close((REWARD + shift)[:, W] - (REWARD + shift)[:, L], REWARD[:, W] - REWARD[:, L])
+        close(tilted(LOG_REF, REWARD + shift, BETA)[0], LOG_STAR)
+    check(float64(-7, 0, 100)[:, None])
+    rejects(check, 0.1 * REWARD, float64(0, 0, 0, 0, 1))
+    log_star, log_z = tilted(LOG_REF, REWARD - BETA * LOG_Z[:, None], BETA)
+    close(log_z, float64(0, 0, 0))
+    close(log_star, LOG_STAR)
+
+
+# ---- The DPO loss and its gradient -----------------------------------------------------------------------------------
+
+
+def test_loss_of_hand_worked_pairs():
+    """Three pairs with pen and paper, beta = 1/2.
+
+    pair   pi(y_w)/ref   pi(y_l)/ref   d_w    d_l     h        z = h/2    s(z)    loss = -ln s(z)
+    1      (3/8)/(1/8)   (1/9)/(1/3)   ln 3   -ln 3   2 ln 3   ln 3       3/4     ln(4/3)     learnt
+    2      (1/9)/(1/3)   (3/8)/(1/8)   -ln 3  ln 3    -2 ln 3  -ln 3      1/4     ln 4        ranked wrongly
+    3      (1/4)/(1/2)   (1/32)/(1/16) -ln 2  -ln 2   0        0          1/2     ln 2        both fell alike
+    The implied rewards are d/2. Pair 3: what counts is the margin, not whether the chosen one rose.
+    """
+    policy_chosen, reference_chosen = float64(3 / 8, 1 / 9, 1 / 4).log(), float64(1 / 8, 1 / 3, 1 / 2).log()
+    policy_rejected, reference_rejected = float64(1 / 9, 3 / 8, 1 / 32).log(), float64(1 / 3, 1 / 8, 1 / 16).log()
+    ln3 = math.log(3)
+
+    def check(loss):
+        losses, chosen_rewards, rejected_rewards = loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, 0.5)
+        close(losses, float64(math.log(4 / 3), math.log(4), LN2), "the losses of the three pairs in this test's docstring")
+        close(chosen_rewards, float64(ln3, -ln3, -LN2) / 2, "chosen_rewards are beta (log pi - log pi_ref) of the chosen")
+        close(rejected_rewards, float64(-ln3, ln3, -LN2) / 2, "rejected_rewards are beta (log pi - log pi_ref) of the rejected")
+    judge_loss(check, "sign", "no reference", "no beta", "beta twice", "upside down", "two sigmoids", "batch mean", "bare rewards")
+
+
+def test_loss_diagnosis_names_the_mistake():
+    """A failing loss test names its likely cause: each planted mistake is told from all the others, and the right loss has none."""
+    for mistake, why in MISTAKES.items():
+        assert why in diagnose(planted(mistake))
+    assert diagnose(planted()) == ""
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+def test_loss_starts_at_log_2(beta):
+    """pi = pi_ref gives h = 0, s(0) = 1/2: loss ln 2 = 0.693147..., rewards 0, whatever the data and beta."""
+    logps = float64(-3, -50, -700)
+
+    def check(loss):
+        losses, chosen_rewards, rejected_rewards = loss(logps, logps.flip(0), logps, logps.flip(0), beta)
+        close(losses, float64(LN2, LN2, LN2), "policy = reference must give ln 2: is the reference subtracted?")
+        close(torch.stack([chosen_rewards, rejected_rewards]), torch.zeros(2, 3), "policy = reference must give rewards 0")
+    judge_loss(check, "no reference", "two sigmoids", "batch mean")
+
+
+def test_loss_is_the_bradley_terry_likelihood():
+    """(5) With the optimal policy, e^{-loss} = s(r_w - r_l) for every pair of the small world: the loss is the labels' -log p.
+
+    And if labels follow that law, the population loss sum_pairs p(w > l) loss(w, l) is stationary at pi*.
+    """
+    def check(loss):
+        log_pi = LOG_STAR.clone().requires_grad_()
+        losses = loss(log_pi[:, W].flatten(), log_pi[:, L].flatten(), LOG_REF[:, W].flatten(), LOG_REF[:, L].flatten(), BETA)[0]
+        likelihood = (REWARD[:, W] - REWARD[:, L]).sigmoid().flatten()
+        close((-losses).exp(), likelihood, "e^-loss must be the Bradley-Terry probability of the label")
+        gradient, = torch.autograd.grad((likelihood * losses).sum(), log_pi)
+        close(gradient, torch.zeros(3, 5), "the loss's minimum must be the optimal policy")
+    judge_loss(check, "sign", "no reference", "no beta", "two sigmoids", "batch mean")
+
+
+def test_loss_swap_symmetry():
+    """The two labels of a pair have probabilities that sum to 1: e^{-loss(w,l)} + e^{-loss(l,w)} = 1; the rewards swap too."""
+    pc, pr, rc, rr = normal(4, 50, seed=4) * 5
+
+    def check(loss):
+        (one, a, b), (other, c, d) = loss(pc, pr, rc, rr, 0.3), loss(pr, pc, rr, rc, 0.3)
+        close((-one).exp() + (-other).exp(), torch.ones(50), "P(w > l) + P(l > w) must be 1: one sigmoid, of the difference")
+        close(torch.stack([a, b]), torch.stack([d, c]), "swapping the sides must swap the rewards")
+    judge_loss(check, "two sigmoids", "batch mean")
+
+
+def gradients_agree(loss, by_hand):
+    """by_hand(theta, w, l) == autograd == central differences, for all 20 pairs of five completions under a softmax policy.
+
+    Error of the differences: eps^2 f'''/6 + 1e-16/eps, at eps = 1e-5 about 1e-11.
+    """
+    theta, log_ref, eps = POLICIES[0, 0], LOG_REF[0], 1e-5
+
+    def value(theta, w, l):
+        log_pi = theta.log_softmax(-1)
+        return loss(log_pi[[w]], log_pi[[l]], log_ref[[w]], log_ref[[l]], BETA)[0].sum()
+    for w, l in zip(W, L):
+        expected = by_hand(theta, w, l)
+        leaf = theta.clone().requires_grad_()
+        close(torch.autograd.grad(value(leaf, w, l), leaf)[0], expected, f"gradient of pair {w, l}: see equation (6)")
+        steps = eps * torch.eye(5, dtype=torch.float64)
+        slopes = torch.stack([(value(theta + step, w, l) - value(theta - step, w, l)) / (2 * eps) for step in steps])
+        close(slopes, expected, f"finite differences of pair {w, l}", 1e-9)
+
+
+def equation_6(weight=lambda better, worse: (worse - better).sigmoid(), scale=-BETA):
+    """-beta s(r^_l - r^_w) (grad log pi_w - grad log pi_l). For a softmax of logits theta, grad log pi(y) = e_y - pi."""
+    def by_hand(theta, w, l):
+        log_pi, one_hot = theta.log_softmax(-1), torch.eye(5, dtype=torch.float64)
+        rewards = BETA * (log_pi - LOG_REF[0])
+        return scale * weight(rewards[w], rewards[l]) * ((one_hot[w] - log_pi.exp()) - (one_hot[l] - log_pi.exp()))
+    return by_hand
+
+
+def test_loss_gradient_by_hand():
+    """(6) grad L = -beta s(r^_l - r^_w) (grad log pi_w - grad log pi_l): by hand == autograd == finite differences.
+
+    The checker itself is tested: it rejects wrong hand-made gradients, and a loss of right value whose gradient is 0.1% off.
+    """
+    judge_loss(lambda loss: gradients_agree(loss, equation_6()), "sign", "no reference", "no beta", "upside down", "two sigmoids")
+    rejects(lambda by_hand: gradients_agree(planted(), by_hand),
+            equation_6(weight=lambda better, worse: (better - worse).sigmoid()),             # the weight of a pair already learnt
+            equation_6(weight=lambda better, worse: 1.0),                                    # no weight: unlikelihood
+            equation_6(scale=BETA), equation_6(scale=-1.0))                                  # uphill; beta forgotten
+
+    def corrupted(pc, *rest):
+        return planted()(pc + 0.001 * (pc - pc.detach()), *rest)                             # same value, other gradient
+    rejects(lambda loss: gradients_agree(loss, equation_6()), corrupted)
+
+
+def test_loss_gradient_weight():
+    """The weight in (6): dL/d log pi_w = -beta s(-z), dL/d log pi_l = +beta s(-z), z = beta h. With beta = 0.1 and
+    h = 10 ln(odds): odds 1/99, 1/9, 1, 9, 99 give weights .99, .9, .5, .1, .01: pairs ranked wrongly pull, learnt ones let go."""
+    h = 10 * float64(1 / 99, 1 / 9, 1, 9, 99).log()
+    weight = float64(0.99, 0.9, 0.5, 0.1, 0.01)
+
+    def check(loss):
+        pc, pr = (h - 20).requires_grad_(), torch.full((5,), -30.0, dtype=torch.float64, requires_grad=True)
+        losses, *rewards = loss(pc, pr, torch.full_like(h, -20), torch.full_like(h, -30), 0.1)
+        assert not any(r.requires_grad for r in rewards), "the rewards are for logging: are they detached?"
+        to_chosen, to_rejected = torch.autograd.grad(losses.sum(), (pc, pr))
+        close(to_chosen, -0.1 * weight, "the gradient must raise the chosen by beta s(-z)")
+        close(to_rejected, 0.1 * weight, "the gradient must lower the rejected by beta s(-z)")
+    judge_loss(check, "sign", "attached", "beta twice", "two sigmoids", "batch mean")
+
+
+def test_loss_unlikelihood_never_lets_go():
+    """-log pi_w + alpha log pi_l pushes the rejected with force alpha at any margin; DPO's force beta s(-beta h) dies away.
+    With alpha = beta = 1/10: at h = 0, 100, 1000 unlikelihood gives .1, .1, .1 and DPO .05, .1 s(-10) = 4.54e-6, 0."""
+    def lets_go(loss):
+        zeros, pr = torch.zeros(3, dtype=torch.float64), float64(0, -100, -1000).requires_grad_()
+        force, = torch.autograd.grad(loss(zeros, pr, zeros, zeros, beta=0.1)[0].sum(), pr)
+        close(force, float64(0.05, 0.1 / (1 + math.exp(10)), 0), "DPO must let go of a pair that is learnt", 1e-15)
+    judge_loss(lets_go, "sign", "no beta")
+    pr = float64(0, -100, -1000).requires_grad_()
+    unlikelihood = loss_named("unlikelihood")
+    force, = torch.autograd.grad(unlikelihood(0 * pr, pr, 0 * pr, 0 * pr, beta=0.1, alpha=0.1).sum(), pr)
+    close(force, float64(0.1, 0.1, 0.1), "unlikelihood's force on the rejected is alpha at every margin")
+    rejects(lets_go, lambda *logps, beta: [unlikelihood(*logps, beta=beta, alpha=0.1)])
+
+
+def test_loss_survives_extreme_margins():
+    """In float32, at beta = 1 and h = +-1e5: losses 0 and 1e5, gradients 0 and -1. sigmoid(-1e5) is 0 and its log -inf."""
+    def check(loss):
+        pc = torch.tensor([-1.0, -1e5 - 1], requires_grad=True)
+        losses = loss(pc, pc.detach().flip(0), torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]), 1.0)[0]
+        close(losses, float64(0, 1e5), "losses at beta h = +-1e5: log(sigmoid) underflows to inf, use logsigmoid", 1e-2)
+        close(torch.autograd.grad(losses.sum(), pc)[0], float64(0, -1), "the gradient at extreme margins")
+    judge_loss(check, "log of sigmoid", "sign", "batch mean")
+
+
+# ---- The family of losses --------------------------------------------------------------------------------------------
+
+ONE_PAIR = dict(beta=0.25, chosen_lengths=float64(2), rejected_lengths=float64(4))
+LOG_S = lambda z: -math.log1p(math.exp(-z))                                      # log of the sigmoid, in plain floats
+HAND = {                                                                         # name: (hyper, the loss worked by hand)
+    "dpo": ({}, -LOG_S(0.625)),
+    "cdpo": ({"label_smoothing": 0.2}, -0.8 * LOG_S(0.625) - 0.2 * LOG_S(-0.625)),
+    "robust": ({"label_smoothing": 0.2}, (-0.8 * LOG_S(0.625) + 0.2 * LOG_S(-0.625)) / 0.6),
+    "ipo": ({}, 0.25),                                                           # (5/2 - 1/(2/4))^2
+    "hinge": ({}, 0.375),                                                        # 1 - 5/8
+    "exo": ({"label_smoothing": 0.2}, sum(q * (math.log(q) - math.log(target)) for q, target in
+                                          [(1 / (1 + math.exp(-0.625)), 0.8), (1 / (1 + math.exp(0.625)), 0.2)])),
+    "chipo": ({"r_max": 100.0}, -LOG_S(0.25 * (math.exp(2) + 2) - 0.25 * (math.exp(-0.5) - 0.5))),
+    "rpo": ({"eta": 0.5}, -LOG_S(0.625) + 0.5),                                   # 1/2 * 1/4 * 4
+    "minor": ({}, -LOG_S(0.5)),                                                  # d_l < 0: no push down; z = 2/4
+    "orpo": ({"lam": 0.5}, 2 - 0.5 * LOG_S(                                      # mean log-probs -2 and -3/2
+        math.log(math.exp(-2) / (1 - math.exp(-2))) - math.log(math.exp(-1.5) / (1 - math.exp(-1.5))))),
+    "simpo": ({"gamma": 0.5}, -LOG_S(0.25 * (-2) - 0.25 * (-1.5) - 0.5)),
+    "unlikelihood": ({"alpha": 0.5}, 1.0),                                       # 4 - 6/2
+    "sft": ({}, 4.0),
+}
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_each_loss_by_hand(name):
+    """One pair for all: log pi_w = -4, log pi_l = -6, references -6 and -5.5, |y| = 2 and 4 tokens, beta = 1/4.
+    Then d_w = 2, d_l = -1/2, h = 5/2, z = beta h = 5/8. Rejected: the sides swapped."""
+    hyper, expected = HAND[name]
+
+    def check(loss):
+        close(loss(*float64(-4, -6, -6, -5.5)[:, None], **ONE_PAIR, **hyper), float64(expected), f"LOSSES[{name!r}] by its equation")
+    check(loss_named(name))
+    rejects(check, lambda pc, pr, rc, rr, **hyper: loss_named(name)(pr, pc, rr, rc, **hyper))
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_each_loss_survives_extreme_margins(name):
+    """Float32, each margin d_w, d_l in {-1e5, 0, 1e5}: value and gradient are finite. The naive log(sigmoid) is not."""
+    d_w, d_l = map(torch.tensor, zip(*itertools.product([-1e5, 0.0, 1e5], repeat=2)))
+    hyper = {name: value for name, value in HAND[name][0].items() if name != "r_max"}
+
+    def check(loss):
+        pc, pr = d_w.clamp(max=0).requires_grad_(), d_l.clamp(max=0).requires_grad_()        # log pi <= 0: the reference takes the rest
+        rc, rr = -d_w.clamp(min=0), -d_l.clamp(min=0)
+        losses = loss(pc, pr, rc, rr, beta=1.0, chosen_lengths=torch.ones(9), rejected_lengths=torch.ones(9), **hyper)
+        assert losses.shape == (9,) and losses.isfinite().all(), f"LOSSES[{name!r}] at margins of 1e5: {losses}"
+        gradients = torch.autograd.grad(losses.sum(), (pc, pr), allow_unused=True)
+        assert all(g.isfinite().all() for g in gradients if g is not None), f"gradient of LOSSES[{name!r}] at margins of 1e5"
+    check(loss_named(name))
+    rejects(check, lambda pc, pr, rc, rr, **_: planted("log of sigmoid")(pc, pr, rc, rr, 1.0)[0])
+
+
+def bandit_loss(loss, win_rates, log_ref, beta, **hyper):
+    """The population loss of a bandit: win_rates (K,K), [i,j] = P(i beats j); every ordered pair with its probability."""
+    w, l = map(list, zip(*itertools.permutations(range(len(log_ref)), 2)))
+    ones = torch.ones(len(w), dtype=torch.float64)
+    return lambda log_pi: (win_rates[w, l] * loss(log_pi[w], log_pi[l], log_ref[w], log_ref[l], beta=beta,
+                                                  chosen_lengths=ones, rejected_lengths=ones, **hyper)).sum()
+
+
+def test_loss_bandit_reaches_the_rlhf_optimum():
+    """Five arms, Bradley-Terry labels of a known reward: minimising DPO's loss gives pi_ref e^{r/beta} / Z of (2), no other."""
+    def check(loss):
+        win_rates = (REWARD[0][:, None] - REWARD[0][None]).sigmoid()
+        log_pi = descend(bandit_loss(lambda *args, beta, **_: loss(*args, beta)[0], win_rates, LOG_REF[0], BETA), 0 * LOG_REF[0])
+        close(log_pi.exp(), LOG_STAR[0].exp(), "the minimum of the loss must be pi_ref e^{r/beta} / Z", 1e-5)
+    judge_loss(check, "sign", "no reference", "no beta", "two sigmoids")
+
+
+P, B, E = 0.75, 0.5, 0.1                                                         # P(a beats b), beta, hyper-parameter
+SIGMOID = lambda z: 1 / (1 + math.exp(-z))
+LOGIT = lambda p: math.log(p / (1 - p))
+OPTIMUM = {         # name: (hyper, what is zero at the optimum). a = pi(a), h = d_a - d_b, theta = log pi(a)/pi(b); lengths are 1
+    "dpo": ({}, lambda a, d_a, d_b: SIGMOID(B * (d_a - d_b)) - P),
+    "cdpo": ({"label_smoothing": E}, lambda a, d_a, d_b: SIGMOID(B * (d_a - d_b)) - ((1 - E) * P + E * (1 - P))),
+    "robust": ({"label_smoothing": E}, lambda a, d_a, d_b: SIGMOID(B * (d_a - d_b)) - (P - E) / (1 - 2 * E)),     # undoes the flips
+    "ipo": ({}, lambda a, d_a, d_b: (d_a - d_b) - (2 * P - 1) / (2 * B)),
+    "hinge": ({}, lambda a, d_a, d_b: B * (d_a - d_b) - 1),                      # the margin 1, whatever P > 1/2
+    "exo": ({"label_smoothing": E}, lambda a, d_a, d_b: B * (d_a - d_b) - (2 * P - 1) * LOGIT(1 - E)),
+    "chipo": ({"r_max": 100.0}, lambda a, d_a, d_b: SIGMOID(B * (math.exp(d_a) + d_a) - B * (math.exp(d_b) + d_b)) - P),
+    "rpo": ({"eta": 0.5}, lambda a, d_a, d_b: SIGMOID(B * (d_a - d_b)) - P + 0.5 * (a - P)),              # DPO's pull and SFT's
+    "minor": ({}, lambda a, d_a, d_b: P * SIGMOID(-B * d_a) * (1 - a) - (1 - P) * SIGMOID(B * (d_a - d_b))),
+    "orpo": ({"lam": 0.5}, lambda a, d_a, d_b: (a - P) + 2 * 0.5 * (SIGMOID(2 * LOGIT(a)) - P)),          # odds ratio = e^{2 theta}
+    "simpo": ({"gamma": 0.5}, lambda a, d_a, d_b: P * SIGMOID(0.5 - B * LOGIT(a)) - (1 - P) * SIGMOID(0.5 + B * LOGIT(a))),
+    "unlikelihood": ({"alpha": E}, lambda a, d_a, d_b: a - (P - E * (1 - P)) / (1 - E)),
+    "sft": ({}, lambda a, d_a, d_b: a - P),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMUM)
+def test_each_loss_bandit_reaches_its_optimum(name):
+    """Two arms, reference (.4, .6), a beats b with probability 3/4. With pi a softmax of theta = log pi(a)/pi(b), setting the
+    derivative of the population loss to 0 gives the equation in the table; training must satisfy it, and neither the reference
+    nor the policy that SFT (for SFT: DPO) finds may."""
+    log_ref = float64(0.4, 0.6).log()
+    win_rates = float64(0.5, P, 1 - P, 0.5).view(2, 2)
+    hyper, residual = OPTIMUM[name]
+
+    def check(log_pi):
+        found = residual(log_pi[0].exp().item(), *(log_pi - log_ref).tolist())
+        assert abs(found) < 5e-4, f"LOSSES[{name!r}] misses its optimum: the equation is off by {found:.2g}"
+    check(descend(bandit_loss(loss_named(name), win_rates, log_ref, B, **hyper), log_ref))
+    other = "dpo" if name == "sft" else "sft"
+    rejects(check, log_ref, descend(bandit_loss(dpo.LOSSES[other], win_rates, log_ref, B), log_ref))
+
+
+def test_ipo_loss_minimum():
+    """(h - 1/(2 tau))^2 is 0, with zero slope, at h = 1/(2 tau) alone: a finite margin even for labels that never vary.
+    At h = 0 it is 1/(4 tau^2). Rejected: DPO, which has no minimum, and the target 1/tau."""
+    tau = 0.1
+    h = float64(0, 5, 10).requires_grad_()
+    zeros = torch.zeros(3, dtype=torch.float64)
+
+    def check(loss):
+        losses = loss(h, zeros, zeros, zeros, beta=tau)
+        close(losses, float64(25, 0, 25), "IPO at h = 0, 1/(2 tau), 1/tau: is the target 1/(2 tau)? sums, not means?")
+        close(torch.autograd.grad(losses.sum(), h)[0], float64(-10, 0, 10), "IPO's slope 2 (h - 1/(2 tau))")
+    check(loss_named("ipo"))
+    rejects(check, lambda pc, pr, rc, rr, *, beta: (pc - rc - pr + rr - 1 / beta) ** 2,
+            lambda *logps, beta: planted()(*logps, beta)[0])
+
+
+@pytest.mark.parametrize("e", [0.05, 0.2])
+def test_label_smoothing_loss_optimum(e):
+    """cDPO: -(1-e) log s(z) - e log s(-z) has slope s(z) - (1-e), so its least value, the entropy of (1-e, e), lies at
+    s(z) = 1-e: a learnt pair is not pushed for ever."""
+    loss = under_test("dpo_loss")
+    if "label_smoothing" not in inspect.signature(loss).parameters:
+        absent("label_smoothing in dpo_loss")
+    zeros = torch.zeros(1, dtype=torch.float64)
+
+    def check(loss):
+        pc = float64(LOGIT(1 - e) / 0.1).requires_grad_()
+        losses = loss(pc, zeros, zeros, zeros, 0.1, label_smoothing=e)[0]
+        close(losses, float64(-(1 - e) * math.log(1 - e) - e * math.log(e)), "label smoothing's least value")
+        close(torch.autograd.grad(losses.sum(), pc)[0], float64(0), "label smoothing's optimum is s(beta h) = 1-e")
+    judge_loss(check, "smoothing", "sign", "no beta")
+
+
+def test_plackett_luce_loss():
+    """P(ranking) = prod_k e^{b_k} / sum_{j>=k} e^{b_j}. By hand, b = (ln 3, ln 2, 0): 3/6 * 2/3 * 1/1 = 1/3, loss ln 3.
+
+    K = 2 is DPO; over all 4! rankings of four completions the probabilities sum to 1. Rejected: worst first, a softmax over
+    all K at each place, and the best one's softmax alone.
+    """
+    logps, reference = normal(2, 6, 4, seed=5) * 3
+
+    def check(loss):
+        close(loss(2 * float64(3, 2, 1).log()[None], torch.zeros(1, 3, dtype=torch.float64), 0.5), float64(math.log(3)), "best first?")
+        close(loss(logps[:, :2], reference[:, :2], 0.3), planted()(*logps[:, :2].T, *reference[:, :2].T, 0.3)[0], "K = 2 must be DPO")
+        total = sum((-loss(logps[:, list(p)], reference[:, list(p)], 0.3)).exp() for p in itertools.permutations(range(4)))
+        close(total, torch.ones(6), "the probabilities of all rankings must sum to 1")
+        far = torch.tensor([[-1e5, 0.0, 1e5]], requires_grad=True)
+        value = loss(far, torch.zeros(1, 3), 1.0)
+        assert value.isfinite().all() and torch.autograd.grad(value.sum(), far)[0].isfinite().all(), "use logsumexp"
+    check(under_test("plackett_luce_loss"))
+    rejects(check, lambda p, r, beta: under_test("plackett_luce_loss")(p.flip(1), r.flip(1), beta),
+            lambda p, r, beta: -(beta * (p - r)).log_softmax(-1).sum(-1), lambda p, r, beta: -(beta * (p - r)).log_softmax(-1)[:, 0])
+
+
+# ======================================================================================================================
+# 2. The machinery
+# ======================================================================================================================
+# Models of the machinery compute in float32, so tolerances are 1e-5: some ten roundings of log-probs near 10.
+
+
+def tiny_gpt(vocab_size=11, seed=0, n_outputs=None, **config):
+    """Two layers of width 16, its weights drawn wide, so that its predictions are far from uniform. EOS is the last id."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size, **{"block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 16, **config}), n_outputs)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and name != "score.weight":
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+def ragged(n=8, vocab_size=11, seed=0):
+    """n prompts of 1 to 4 tokens and n completions of 0 to 4 tokens and EOS, at random."""
+    rng, eos = np.random.default_rng(seed), vocab_size - 1
+    draw = lambda shortest, longest: rng.integers(eos, size=rng.integers(shortest, longest + 1)).tolist()
+    return [draw(1, 4) for _ in range(n)], [draw(0, 4) + [eos] for _ in range(n)]
+
+
+def tiny_pairs():
+    """4 prompts with 4 completions each: 24 pairs on 16 rows, as the paper makes them."""
+    prompts, completions = ragged(16)
+    first, second = np.triu_indices(4, 1)
+    chosen, rejected = (np.concatenate([4 * i + side for i in range(4)]) for side in (first, second))
+    return Pairs([prompts[i // 4] for i in range(16)], completions, chosen, rejected, np.repeat(np.arange(4), 6))
+
+
+def all_completions(vocab_size, max_new_tokens):
+    """Every completion of at most max_new_tokens: ended by EOS (the last id), or cut there."""
+    eos, found = vocab_size - 1, []
+    for n in range(max_new_tokens):
+        found += [[*head, eos] for head in itertools.product(range(eos), repeat=n)]
+    return found + [list(whole) for whole in itertools.product(range(eos), repeat=max_new_tokens)]
+
+
+def check_law(counts, probs):
+    """Chi-square test of counts against probs. Another seed would raise a false alarm once in ten thousand runs."""
+    counts, expected = torch.as_tensor(counts).double(), sum(counts) * torch.as_tensor(probs).double()
+    assert not counts[expected == 0].any(), "sampled what has probability 0"
+    rare = expected < 5                                                          # these cells are counted as one
+    if expected[rare].sum() > 0:
+        counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    n = max(len(counts) - 1, 1)
+    limit = n * (1 - 2 / (9 * n) + 3.719 * math.sqrt(2 / (9 * n))) ** 3          # quantile .9999, by Wilson and Hilferty
+    assert ((counts - expected) ** 2 / expected).sum() < limit, f"counts {counts.tolist()}, expected {expected.tolist()}"
+
+
+# ---- The review language and the tokenizer ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domain", ["film", "meal"])
+def test_grammar_accepts_what_it_generates_and_rejects_corruptions(domain):
+    """500 reviews are grammatical; each of them ceases to be when cut short, turned round, or with a word doubled or foreign."""
+    rng = random.Random(0)
+    for review in (dpo.sample_review(rng, domain) for _ in range(500)):
+        assert dpo.is_grammatical(review), review
+        words = review.split()
+        corruptions = [review[:-1], review + " ", review + review, review.upper(), " ".join(words[::-1])]
+        corruptions += [" ".join(words[:i] + [word] + words[i:]) for i, word in enumerate(words)]
+        corruptions += [" ".join(words[:i] + ["zebra"] + words[i + 1:]) for i in range(len(words))]
+        corruptions += [" ".join(words[:i]) for i in range(len(words)) if i == 0 or words[i - 1][-1] != "."]
+        assert not any(map(dpo.is_grammatical, corruptions)), [text for text in corruptions if dpo.is_grammatical(text)]
+    for mixed in ("the plot was tasty.", "the soup was witty.", "the soup was good, and the plot was good.",
+                  "the plot was good. worth every bite."):
+        assert not dpo.is_grammatical(mixed), f"two domains in one review: {mixed}"
+
+
+REVIEWS = {                                                                      # the reward by hand: good 1, great 3/2, perfect 2
+    "the plot was good.": 1.0,
+    "the plot was not good.": -0.75,                                             # -3/4 * 1
+    "the plot was very good.": 1.5,                                              # 3/2 * 1
+    "the plot was not very good.": -1.125,                                       # -3/4 * 3/2 * 1
+    "the plot was never extremely awful.": 4.0,                                  # -1 * 2 * -2
+    "the plot was bad, but the acting was great.": 1.25,                         # -1 + 3/2 * 3/2
+    "the plot was bad, and the acting was great.": 0.5,                          # -1 + 3/2
+    "the soup was fresh. the menu felt hardly slightly soggy. i loved it.": 3.375,           # 1 + 1/2 * 1/2 * 3/2 + 2
+    "the plot was good. avoid it.": -2.0,                                        # 1 - 3
+    "the plot was good": -3.0,                                                   # no full stop: 4 less
+    "the plot was perfect" + ". the plot was perfect" * 4 + ".": 4.0,            # five clauses: four are read; 4 less
+    "the plot was good. i loved it. i loved it.": -1.0,                          # the first closing ends the reading; 4 less
+    "": -4.0,
+}
+
+
+def test_gold_reward_by_hand():
+    """A clause is worth opinion x intensifier x negation (x 3/2 behind "but"), wherever prompt and completion are cut.
+    Rejected: a bag of words, which adds up opinions and does not hear "not", "very" and "but"."""
+    def check(reward):
+        for review, expected in REVIEWS.items():
+            for cut in range(len(review) + 1):
+                close(reward(review[:cut], review[cut:]), expected, review)
+    check(dpo.gold_reward)
+    rejects(check, lambda *cut: sum(dpo.OPINION_OF.get(word.strip(".,"), 0.0) for word in "".join(cut).split()))
+
+
+def test_prompts_are_split_by_their_text():
+    """A prompt is on one side of the split for good; cut_review cuts 2 to 8 words and loses none."""
+    train, held_out = dpo.sample_prompts(0, 500, held_out=False), dpo.sample_prompts(0, 100, held_out=True)
+    assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in held_out}
+    assert len({prompt for prompt, _ in held_out}) == 100
+    for prompt, completion in train + held_out:
+        assert 2 <= len(prompt.split()) <= 8 and completion.strip() and dpo.is_grammatical(prompt + completion)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng = random.Random(0)
+    return dpo.train_tokenizer([dpo.sample_review(rng) for _ in range(300)], 400)
+
+
+TEXTS = ["", " ", "the plot was good.", "naïve café", "日本語 और हिन्दी", "👩\u200d👩\u200d👧 🎬", "<|endoftext|>", "a<|endoftext|>b",
+         "\n\n\t x  y \r\n", "\x00\x7f", "zzz 123 '!?'"]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_tokenizer_round_trips_any_text(tokenizer, text):
+    """decode(encode(text)) = text; `<|endoftext|>` in a text is text. Rejected: tiktoken's encode with special tokens allowed."""
+    def check(encode):
+        ids = encode(text)
+        assert dpo.decode(tokenizer, ids) == text and tokenizer.eot_token not in ids
+        assert dpo.decode(tokenizer, ids + [tokenizer.eot_token]) == text
+    check(lambda text: dpo.encode(tokenizer, text))
+    if dpo.EOS_TEXT in text:
+        rejects(check, lambda text: tokenizer.encode(text, allowed_special="all"))
+
+
+def test_tokenizer_merges_by_hand():
+    """Wikipedia's example aaabdaaabac: "aa" (4 times) becomes 256, then 256 a = 257, then 257 b = 258: aaab d aaab a c."""
+    tokenizer = dpo.train_tokenizer(["aaabdaaabac"], 256 + 3 + 1)
+    assert dpo.encode(tokenizer, "aaabdaaabac") == [258, ord("d"), 258, ord("a"), ord("c")]
+    assert tokenizer.eot_token == 259 and tokenizer.n_vocab == 260
+
+
+def test_prompt_ids_are_a_prefix(tokenizer):
+    """Prompt and completion are encoded apart, so ids(prompt) begins the whole and EOS ends it. Rejected: encoding the joint text,
+    in which a merge may cross the border; "the plo" + "t was good" shows it."""
+    preference = dpo.Preference("the plo", "t was good.", "t was bad.")
+
+    def check(whole):
+        prompt = dpo.encode(tokenizer, "the plo")
+        assert whole[:len(prompt)] == prompt and whole[-1] == tokenizer.eot_token
+    pairs = dpo.encode_pairs(tokenizer, [preference], 64)
+    check(pairs.prompts[0].tolist() + pairs.completions[0].tolist())
+    rejects(check, dpo.encode(tokenizer, "the plot was good.") + [tokenizer.eot_token])
+
+
+def test_long_prompts_are_cut_on_the_left(tokenizer):
+    """Prompt and completion fit the block; the prompt's end and the whole completion survive. A completion too long is an error."""
+    prompt, completion = "the plot was good. " * 20, " the cast was bad."
+    pairs = dpo.encode_pairs(tokenizer, [dpo.Preference(prompt, completion, " x")], 20)
+    assert len(pairs.prompts[0]) + len(pairs.completions[0]) == 20
+    assert dpo.decode(tokenizer, pairs.completions[0].tolist()) == completion
+    assert prompt.endswith(dpo.decode(tokenizer, pairs.prompts[0].tolist()))
+    with pytest.raises(ValueError, match="chosen"):
+        dpo.encode_pairs(tokenizer, [dpo.Preference("a", completion * 9, " x")], 20)
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+def test_forward_is_causal():
+    """A changed token changes logits from its own position on and none before. The change at its own position shows the test can fail."""
+    model, tokens = tiny_gpt(), torch.randint(11, (3, 9))
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 11
+    difference = (model(tokens) - model(changed)).abs().amax((0, 2))
+    assert (difference[:5] == 0).all() and (difference[5:] > 1e-3).all()
+
+
+def test_keep_equals_full_forward():
+    """forward(tokens, keep) is forward(tokens)[keep], row by row, for any set of positions, in value and gradient."""
+    model, tokens = tiny_gpt(), torch.randint(11, (4, 9))
+    keep = torch.rand(4, 9) < 0.4
+    keep[2] = False                                                              # a row of which nothing is wanted
+    outputs = model(tokens, keep), model(tokens)[keep]
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(o.square().sum(), model.parameters())]) for o in outputs]
+    close(outputs[0], outputs[1], tolerance=1e-5)
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+    rejects(lambda keep: close(model(tokens, keep), outputs[1], tolerance=1e-5), keep.roll(1, 0), keep.roll(1, 1))
+
+
+@torch.no_grad()
+def test_kv_cache_equals_full_forward():
+    """Feeding 4 tokens, then one at a time, through the cache gives the logits of one full pass. Rejected: positions one behind."""
+    model, tokens = tiny_gpt(), torch.randint(11, (3, 9))
+    config = model.config
+
+    def check(position):
+        cache = torch.zeros(config.n_layer, 2, 3, config.n_head, 9, config.n_embd // config.n_head)
+        pieces = [model(tokens[:, :4], cache=cache)] + [model(tokens[:, t:t + 1], cache=cache, start=position(t)) for t in range(4, 9)]
+        close(torch.cat(pieces, 1), model(tokens), tolerance=1e-5)
+    check(lambda t: t)
+    rejects(check, lambda t: t - 1)
+
+
+def test_gpt_equals_transformers(tmp_path):
+    """Logits equal those of transformers' GPT2LMHeadModel with our weights (its linear weights are transposed), and back again.
+    Rejected: the same weights under the exact GELU in place of GPT-2's tanh form."""
+    transformers = pytest.importorskip("transformers")
+    model, tokens = tiny_gpt(), torch.randint(11, (2, 20))
+
+    def check(activation):
+        other = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=11, n_positions=24, n_embd=16, n_layer=2, n_head=2, activation_function=activation,
+            bos_token_id=10, eos_token_id=10)).eval()
+        linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        weights = {"transformer." + name: value.t() if name.endswith(linear) else value for name, value in model.state_dict().items()}
+        other.load_state_dict({**weights, "lm_head.weight": model.wte.weight})
+        close(model(tokens), other(tokens).logits, "GPT-2's logits", 1e-4)
+        return other
+    other = check("gelu_new")
+    rejects(check, "gelu")
+    other.save_pretrained(tmp_path / "theirs")
+    close(GPT.from_pretrained(tmp_path / "theirs").eval()(tokens), model(tokens), tolerance=1e-6)
+    model.save_pretrained(tmp_path / "ours")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    close(loaded(tokens).logits, model(tokens), tolerance=1e-4)
+
+
+# ---- Log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def naive_logps(model, tokens, mask, shift=True, mean=False):
+    """Log-probs written the long way; `shift` and `mean` plant mistakes."""
+    logps, targets = model(tokens).log_softmax(-1), tokens
+    if shift:
+        logps, targets, mask = logps[:, :-1], tokens[:, 1:], mask[:, 1:]
+    logps = logps.gather(2, targets[..., None]).squeeze(2) * mask
+    return logps.sum(1) / (mask.sum(1) if mean else 1)
+
+
+def test_sequence_logps_by_hand():
+    """A bigram model whose rows are 1/2, 1/4, 1/8, 1/8, shifted. EOS is 3, and 0, the pad, is a word as well.
+
+        P(next | 0) = 1/2 1/4 1/8 1/8        prompt 1,   response 2 3:    P(2|1) P(3|2)        = 1/4 1/4     = 2^-4
+        P(next | 1) = 1/8 1/2 1/4 1/8        prompt 0 1, response 0 2 3:  P(0|1) P(2|0) P(3|2) = 1/8 1/8 1/4 = 2^-8
+        P(next | 2) = 1/8 1/8 1/2 1/4
+        P(next | 3) = 1/4 1/8 1/8 1/2        so the sums are -4 ln 2 and -8 ln 2.
+    """
+    table = torch.stack([torch.tensor([0.5, 0.25, 0.125, 0.125]).roll(i) for i in range(4)]).log()
+    tokens, mask = pad([[1], [0, 1]], [[2, 3], [0, 2, 3]])
+    assert tokens.tolist() == [[1, 2, 3, 0, 0], [0, 1, 0, 2, 3]] and mask.long().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1]]
+
+    def check(logps):
+        close(logps(lambda tokens: table[tokens], tokens, mask), float64(-4 * LN2, -8 * LN2), "sum of log-probs of the response", 1e-6)
+    check(sequence_logps)
+    check(naive_logps)
+    after = mask.long().cumsum(1) > 0
+    rejects(check, lambda *args: naive_logps(*args, shift=False),                # no next-token shift
+            lambda model, tokens, mask: naive_logps(model, tokens, mask | ~after),           # prompt tokens averaged in
+            lambda model, tokens, mask: naive_logps(model, tokens, after),                   # pads counted
+            lambda model, tokens, mask: naive_logps(model, tokens, mask & (tokens != 3)),    # EOS left out
+            lambda *args: naive_logps(*args, mean=True))                                     # mean instead of sum
+
+
+@pytest.mark.parametrize("prompt", [[0], [1, 0, 1]])
+def test_completions_exhaust_probability(prompt):
+    """All 15 completions of up to 3 tokens (two words and EOS) have probabilities that sum to 1. Neither means nor unshifted
+    targets do: only sums of log-probs are the log of a probability."""
+    completions = all_completions(3, 3)
+    assert len(completions) == 1 + 2 + 4 + 8
+
+    def check(logps):
+        close(logps(tiny_gpt(3), *pad([prompt] * 15, completions)).exp().sum(), 1.0, "did you average instead of sum?", 1e-5)
+    check(sequence_logps)
+    rejects(check, lambda *args: naive_logps(*args, mean=True), lambda *args: naive_logps(*args, shift=False))
+
+
+def test_garbage_outside_the_response_changes_nothing():
+    """Other ids in pad positions, and any number of pads, leave the log-probs alone. Prompt tokens act as conditions only: under a
+    bigram model, which sees one token back, all prompt tokens but the last may be anything. Rejected: masks that leak."""
+    prompts, completions = ragged()
+    model, (tokens, mask) = tiny_gpt(), pad(prompts, completions)
+    lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
+    is_pad = torch.arange(tokens.shape[1]) >= lengths[:, None]
+    is_old = torch.arange(tokens.shape[1]) < torch.tensor([len(p) for p in prompts])[:, None] - 1
+    garbage = torch.randint(11, tokens.shape, generator=torch.Generator().manual_seed(0))
+    table = normal(11, 11)
+
+    def pads(logps):
+        before = logps(model, tokens, mask)
+        close(logps(model, torch.where(is_pad, garbage, tokens), mask), before, "pads are scored", 1e-5)
+        close(logps(model, F.pad(tokens, (0, 7), value=3), F.pad(mask, (0, 7))), before, "the number of pads matters", 1e-5)
+
+    def conditions(logps):
+        bigram = lambda tokens: table[tokens]
+        close(logps(bigram, torch.where(is_old, garbage, tokens), mask), logps(bigram, tokens, mask), "the prompt is scored", 1e-5)
+    for check, leak in ((pads, is_pad), (conditions, is_old)):
+        check(sequence_logps)
+        wider = lambda tokens: F.pad(leak, (0, tokens.shape[1] - leak.shape[1]), value=True)
+        rejects(check, lambda model, tokens, mask: naive_logps(model, tokens, mask | wider(tokens)))
+
+
+def test_eos_receives_gradient():
+    """The output that predicts EOS must be pushed towards EOS. Rejected: a mask made by id != pad where pad == EOS."""
+    tokens, mask = pad(*ragged())
+    last = dpo.last_response_token(mask).roll(-1, 1)                             # the positions that predict EOS
+
+    def check(mask):
+        logits = torch.zeros(*tokens.shape, 11, requires_grad=True)
+        sequence_logps(lambda tokens: logits, tokens, mask).sum().backward()
+        close(logits.grad[last][:, 10], torch.full((8,), 10 / 11), "is EOS scored? A pad that is EOS must not mask it", 1e-6)
+        assert not logits.grad[~dpo.predicting(mask)].any(), "an output that predicts no response token receives gradient"
+    check(mask)
+    rejects(check, mask & (tokens != 10))
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_batch_equals_one_at_a_time():
+    """Prompts of different lengths, together and through the cache, complete as each alone by full forward passes and argmax.
+    Among them are completions that end early and some that do not. Rejected: the same with a prompt's first token lost."""
+    model, prompts = tiny_gpt(seed=11), ragged(20)[0] + [[1] * 12]
+
+    def alone(prompt):
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 8 and (len(tokens) == len(prompt) or tokens[-1] != 10):
+            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+        return tokens[len(prompt):]
+    expected = [alone(prompt) for prompt in prompts]
+    assert {completion[-1] == 10 for completion in expected} == {True, False}
+
+    def check(prompts):
+        assert generate(model, prompts, 8, temperature=0) == expected
+    check(prompts)
+    assert generate(model, prompts, 8, temperature=0, batch_size=3) == expected
+    rejects(check, [prompt[1:] or prompt for prompt in prompts])
+
+
+def test_samples_follow_the_model():
+    """3000 samples for each of two prompts of different lengths: counts of all 13 completions of up to 2 tokens against
+    e^{sequence_logps}, by chi-square. Rejected: samples at temperature 0.7. The same seed gives the same samples."""
+    model, prompts, completions = tiny_gpt(4), [[0], [2, 1, 0]], all_completions(4, 2)
+
+    def check(temperature):
+        torch.manual_seed(0)
+        samples = generate(model, prompts * 3000, 2, temperature)
+        for i, prompt in enumerate(prompts):
+            counts = [samples[i::2].count(completion) for completion in completions]
+            assert sum(counts) == 3000
+            check_law(counts, completion_logps(model, [prompt] * 13, completions).exp())
+        return samples
+    first, second = check(1.0), check(1.0)
+    assert first == second
+    rejects(check, 0.7)
+
+
+@pytest.mark.parametrize("options, law", [
+    ({}, [0.4, 0.3, 0.2, 0.1]), ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]), ({"temperature": 0}, [1, 0, 0, 0]),
+    ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]), ({"top_k": 9}, [0.4, 0.3, 0.2, 0.1]), ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),
+    ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]), ({"top_p": 0.1}, [1, 0, 0, 0])], ids=str)
+def test_temperature_top_k_and_top_p(options, law):
+    """Probabilities .4 .3 .2 .1: temperature 1/2 squares them, top_k keeps k, top_p the fewest that hold p; then renormalise."""
+    torch.manual_seed(0)
+    order = torch.tensor([2, 0, 3, 1])                                           # not sorted in the vocabulary
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1])[order].log().expand(4000, 4)
+    counts = torch.bincount(order[dpo.sample_from(logits, **options)], minlength=4).tolist()
+    check_law(counts, law)
+    rejects(lambda law: check_law(counts, law), law[::-1])
+
+
+def test_generate_cuts_long_prompts_on_the_left_and_refuses_the_impossible():
+    """A prompt that leaves no room loses its beginning, so its last block_size - max_new_tokens tokens decide. Rejected: its first."""
+    model = tiny_gpt(seed=2)
+    long = torch.randint(10, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = generate(model, [long, [1]], 8, temperature=0)
+
+    def check(prompt):
+        assert generate(model, [prompt], 8, temperature=0)[0] == found[0]
+    check(long[-16:])
+    rejects(check, long[:16])
+    with pytest.raises(ValueError, match="room"):
+        generate(model, [[1]], 24)
+    with pytest.raises(ValueError, match="empty prompt"):
+        generate(model, [[1], []], 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_generate_in_the_models_precision(dtype):
+    """The cache has the model's precision: a float64 or bfloat16 model samples too; in float64 greedy equals float32's choice."""
+    completion, = generate(tiny_gpt(seed=11).to(dtype), [[1, 2]], 6, temperature=0)
+    assert 1 <= len(completion) <= 6
+    if dtype == torch.float64:
+        assert [completion] == generate(tiny_gpt(seed=11), [[1, 2]], 6, temperature=0)
+
+
+# ---- The training loop and the preference trainer --------------------------------------------------------------------
+
+
+def train_dpo(model, reference, dropout=False, **changes):
+    training = Training(**{"steps": 6, "learning_rate": 1e-2, "batch_size": 4, "warmup": 0.0, **changes})
+    return dpo.train_preferences(model, reference, tiny_pairs(), training, quiet=True, dropout=dropout)
+
+
+def column(history, name):
+    return torch.tensor([row[name] for row in history], dtype=torch.float64)
+
+
+def test_accumulated_gradient_equals_big_batch():
+    """Four numbers at once, or as 3 + 1, or one by one, train alike: losses are summed and divided by the whole count.
+    Rejected: the average of averages, which counts the 1 as much as the 3. Then the same of DPO itself."""
+    data = float64(1, 2, 3, 10)
+
+    def check(case):
+        sizes, average_of_averages = case
+        results = []
+        for parts in ((4,), sizes):
+            model = torch.nn.Linear(1, 1, bias=False).double()
+            torch.nn.init.zeros_(model.weight)
+
+            def loss(model, batch):
+                losses = (model.weight - batch["x"]).square()
+                return (losses.mean() * 4 / len(parts) if average_of_averages else losses.sum()), {}
+            history = dpo.fit("test", model, lambda step: [{"x": x, "count": len(x)} for x in data.split(parts)], loss,
+                              Training(steps=5, learning_rate=1.0, clip=1e9), quiet=True)
+            results.append(torch.cat([column(history, "loss"), column(history, "gradient_norm")]))
+        close(results[1], results[0], "accumulated gradients must be those of the big batch")
+    check(((3, 1), False))
+    check(((1, 1, 1, 1), False))
+    rejects(check, ((3, 1), True))
+    whole, parts = (train_dpo(tiny_gpt(), tiny_gpt(seed=1), micro_batch=size) for size in (100, 3))
+    for name in ("loss", "gradient_norm", "margin"):
+        close(column(parts, name), column(whole, name), name, 1e-3 if name == "gradient_norm" else 1e-4)
+
+
+@pytest.mark.parametrize("fault", [lambda w: w.sum() * math.nan, lambda w: (w.sum() * 0).sqrt() + 1], ids=["value", "gradient"])
+def test_fit_stops_on_nan(fault):
+    """A loss that is not finite, or a finite one whose gradient is not (sqrt at 0), ends the stage with its name and step before
+    the optimiser spoils the weights."""
+    model = torch.nn.Linear(1, 1)
+
+    def loss(model, batch):
+        return fault(model.weight) if batch["step"] == 2 else model.weight.sum(), {}
+    with pytest.raises(FloatingPointError, match=r"my stage.*step 2"):
+        dpo.fit("my stage", model, lambda step: [{"step": step, "count": 1}], loss, Training(steps=3, learning_rate=0.1), quiet=True)
+    assert model.weight.isfinite().all()
+
+
+def test_learning_rate_by_hand():
+    """10 steps, peak 8, a fifth of them warm-up: 4, 8, then (10 - step) down to 1."""
+    history = dpo.fit("test", torch.nn.Linear(1, 1), lambda step: [{"count": 1}], lambda model, batch: (model.weight.sum(), {}),
+                      Training(steps=10, learning_rate=8.0, warmup=0.2), quiet=True)
+    close(column(history, "learning_rate"), float64(4, 8, 8, 7, 6, 5, 4, 3, 2, 1))
+
+
+def test_each_epoch_is_a_permutation():
+    """Every row once an epoch, in an order that depends on the seed and the epoch; rows of one group stay together."""
+    training = Training(steps=9, learning_rate=1.0, batch_size=5, seed=1)
+    rows = dpo.shuffled(10, training)
+    first, second = ([*rows(2 * epoch), *rows(2 * epoch + 1)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert [*rows(0), *rows(1)] == first != [*dpo.shuffled(10, Training(9, 1.0, 5, seed=2))(0)]
+    groups = np.arange(10) // 2
+    ordered = groups[np.concatenate([dpo.shuffled(10, training, groups)(step) for step in (0, 1)])]
+    assert (ordered[::2] == ordered[1::2]).all()
+
+
+def test_same_seed_same_numbers():
+    """Two runs of one seed agree to the last bit; another seed's do not."""
+    def check(seed):
+        assert train_dpo(tiny_gpt(), tiny_gpt(), seed=seed) == train_dpo(tiny_gpt(), tiny_gpt(), seed=0)
+    check(0)
+    rejects(check, 1)
+
+
+def test_dropout_is_off_in_dpo():
+    """Even at config.dropout = 1/2 the first loss is ln 2 and its rewards are 0. Rejected: dropout left on."""
+    def check(dropout):
+        first = train_dpo(tiny_gpt(dropout=0.5), tiny_gpt(dropout=0.5), dropout=dropout, steps=1)[0]
+        found = [first[name] for name in ("loss", "chosen_reward", "rejected_reward")]
+        close(found, [LN2, 0, 0], "is dropout off in policy and reference?", 1e-6)
+    check(False)
+    rejects(check, True)
+
+
+def live_dpo(model, reference):
+    """DPO the long way: the reference is asked anew at each step, and both sides of every pair pass the model on their own."""
+    pairs, training = tiny_pairs(), Training(6, 1e-2, 4, warmup=0.0)
+    rows = dpo.shuffled(len(pairs), training, pairs.prompt_index)
+
+    def side(index, step):
+        return pad([pairs.prompts[i] for i in index[rows(step)]], [pairs.completions[i] for i in index[rows(step)]])
+
+    def loss(model, batch):
+        with torch.no_grad():
+            ref = [sequence_logps(reference, *batch[name]) for name in ("chosen", "rejected")]
+        return dpo.dpo_loss(*(sequence_logps(model, *batch[name]) for name in ("chosen", "rejected")), *ref, 0.1)[0].sum(), {}
+    batches = lambda step: [{"count": 4, "chosen": side(pairs.chosen, step), "rejected": side(pairs.rejected, step)}]
+    return dpo.fit("live", model, batches, loss, training, quiet=True)
+
+
+def test_cached_reference_equals_live():
+    """Reference log-probs computed once, rows shared between pairs, give the losses of the long way: the reference never changes.
+    Rejected: a reference that is the policy itself, and so is updated: its loss stays at ln 2 for ever."""
+    cached = column(train_dpo(tiny_gpt(), tiny_gpt()), "loss")
+
+    def check(history):
+        close(column(history, "loss"), cached, "the reference must stay where it was", 1e-4)
+    check(live_dpo(tiny_gpt(), tiny_gpt()))
+    policy = tiny_gpt()
+    updated = live_dpo(policy, policy)
+    close(column(updated, "loss"), torch.full((6,), LN2), tolerance=1e-6)
+    rejects(check, updated)
+
+
+def test_reference_stays_put():
+    """Training leaves the reference its weights and gives it no gradient. Rejected: one object as policy and reference."""
+    def check(case):
+        policy, reference = case
+        before = copy.deepcopy(reference.state_dict())
+        train_dpo(policy, reference)
+        assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items()), "the reference was updated"
+        assert all(p.grad is None for p in reference.parameters()), "the reference received gradient"
+    check((tiny_gpt(), tiny_gpt()))
+    rejects(check, (tiny_gpt(),) * 2)
+
+
+def test_sft_learns_to_end():
+    """After SFT on one text, greedy decoding writes it and stops: every token and EOS are trained. The first loss is the mean
+    -log p of all tokens but the first, by hand."""
+    model, text = tiny_gpt(), [1, 2, 3, 4, 10]
+    first = -sequence_logps(model, *pad([[1]], [text[1:]])).item() / 4
+    history = dpo.train_sft(model, [text], Training(steps=60, learning_rate=1e-2, batch_size=2), quiet=True)
+    close(history[0]["loss"], first, tolerance=1e-5)
+    assert generate(model, [[1]], 8, temperature=0) == [text[1:]]
+
+
+# ---- Preference data -------------------------------------------------------------------------------------------------
+
+
+def test_bradley_terry_labels():
+    """r_a - r_b = ln 3 wins 3 times in 4: 20,000 draws, chi-square; adding 100 to both draws the same labels. Rejected: b over a."""
+    r_a = np.full(20_000, math.log(3))
+
+    def check(labels):
+        check_law([labels.sum(), (~labels).sum()], [0.75, 0.25])
+    labels = dpo.bradley_terry_label(r_a, 0 * r_a, np.random.default_rng(0))
+    check(labels)
+    assert (labels == dpo.bradley_terry_label(r_a + 100, 0 * r_a + 100, np.random.default_rng(0))).all()
+    rejects(check, dpo.bradley_terry_label(0 * r_a, r_a, np.random.default_rng(0)))
+
+
+def test_sampled_preferences(tokenizer):
+    """4 completions a prompt give 6 pairs. With rewards hundreds apart the better one always wins; Bayes' accuracy is mean s(|gap|)."""
+    reward = lambda prompt, text: 100.0 * (zlib.crc32(text.encode()) % 7)
+    torch.manual_seed(0)
+    pairs, accuracy = dpo.sample_preferences(tiny_gpt(tokenizer.n_vocab, block_size=32), tokenizer, ["the plot", "the"], reward, 6)
+    assert [pair.prompt for pair in pairs] == ["the plot"] * 6 + ["the"] * 6
+    assert len({text for pair in pairs[:6] for text in (pair.chosen, pair.rejected)}) == 4
+    gaps = float64(*(reward("", pair.chosen) - reward("", pair.rejected) for pair in pairs))
+    assert (gaps >= 0).all() and (gaps > 0).any()
+    close(accuracy, gaps.sigmoid().mean())
+
+
+GOOD_LINE = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
+
+
+def test_load_preferences(tmp_path):
+    """Plain and conversational records, blank lines skipped, `<|endoftext|>` kept as text, a UTF-8 mark tolerated."""
+    path = tmp_path / "pairs.jsonl"
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    chat = {side: [{"role": role, "content": side}] for side, role in roles.items()}
+    lines = GOOD_LINE, "", GOOD_LINE.replace('"c"', '"é<|endoftext|>"'), json.dumps(chat), ""
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    first, second, third = dpo.load_preferences(path)
+    assert (first.prompt, first.chosen, first.rejected) == ("p", "c", "r") and second.chosen == "é<|endoftext|>"
+    assert third.prompt + third.chosen == "user: prompt\n\nassistant: chosen"
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ("{", "not JSON"), ("[1]", "object"), (b"\xff", "UTF-8"), ('{"prompt": "p", "chosen": "c"}', "'rejected' is missing"),
+    *[(GOOD_LINE.replace('"c"', value), complaint) for value, complaint in [
+        ("null", "'chosen' is null"), ("3", "'chosen' must be a string"), ('""', "'chosen' is empty"),
+        ('[{"role": "user"}]', "'chosen' must be"), (r'"\ud800"', "Unicode")]]], ids=str)
+def test_load_preferences_names_the_line(tmp_path, line, complaint):
+    """A fault is a ValueError "path:line: what is wrong"; here on line 3, behind a good line and a blank one."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(GOOD_LINE.encode() + b"\n\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(ValueError) as error:
+        dpo.load_preferences(path)
+    assert str(error.value).startswith(f"{path}:3: ") and complaint in str(error.value)
+
+
+def test_load_preferences_needs_records(tmp_path):
+    """No file, a directory, an empty file: each a ValueError that begins with the path."""
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for path in (tmp_path / "absent.jsonl", tmp_path, tmp_path / "empty.jsonl"):
+        with pytest.raises(ValueError, match=f"^{path}:"):
+            dpo.load_preferences(path)
+
+
+# ---- The reward model and PPO ----------------------------------------------------------------------------------------
+
+
+def test_reward_is_read_at_the_last_token():
+    """A row's score is the same alone and beside longer rows, under any pads. Rejected: reading at the last column, a pad for most."""
+    prompts, completions = ragged()
+    model = tiny_gpt(n_outputs=1)
+    torch.nn.init.normal_(model.score.weight)
+    alone = torch.stack([model(torch.tensor([p + c]))[0, -1, 0] for p, c in zip(prompts, completions)])
+    tokens, mask = pad(prompts, completions)
+
+    def check(scores):
+        for width, pad_id in ((0, 0), (7, 0), (7, 10)):
+            garbage = torch.where(mask.flip(1).cumsum(1).flip(1) > 0, tokens, pad_id)
+            found = scores(model, F.pad(garbage, (0, width), value=pad_id), F.pad(mask, (0, width)))
+            close(found, alone, "is the reward read at a pad?", 1e-4)
+    check(dpo.reward_scores)
+    rejects(check, lambda model, tokens, mask: model(tokens)[:, -1, 0])
+    close(dpo.score_completions(model, prompts, completions), alone, tolerance=1e-4)
+
+
+def test_value_head_starts_at_zero():
+    """A new head (n_outputs) says exactly 0 everywhere, whatever the body; so a new critic biases nothing, and a new reward model's
+    first loss is ln 2. Rejected: an ordinary linear layer's initialisation."""
+    def check(model):
+        assert not model(torch.randint(11, (4, 9))).any(), "a new head must start at zero"
+    model = tiny_gpt(n_outputs=1)
+    check(model)
+    history = dpo.train_reward_model(model, tiny_pairs(), Training(40, 1e-2, 12), quiet=True)
+    close(history[0]["loss"], LN2, tolerance=1e-6)
+    assert history[-1]["accuracy"] == 1.0 and history[-1]["loss"] < 0.2
+    model.score.reset_parameters()
+    rejects(check, model)
+
+
+def test_gae_by_hand():
+    """Prompt, three response tokens, pad. r = (0, 0, 1), V = (1/2, 1/4, 1/2), gamma = 1, lam = 1/2, from the end:
+
+        delta_3 = 1 - 1/2 = 1/2                A_3 = 1/2
+        delta_2 = 0 + 1/2 - 1/4 = 1/4          A_2 = 1/4 + 1/2 1/2 = 1/2
+        delta_1 = 0 + 1/4 - 1/2 = -1/4         A_1 = -1/4 + 1/2 1/2 = 0         returns A + V = 1/2, 3/4, 1
+
+    Garbage (99) in prompt and pad positions changes nothing. Rejected: a mask that includes them, and lam = 1.
+    """
+    rewards, values = float64(99, 0, 0, 1, 99)[None], float64(99, 0.5, 0.25, 0.5, 99)[None]
+    response = torch.tensor([[0, 1, 1, 1, 0]])
+
+    def check(case):
+        mask, lam = case
+        advantages, returns = dpo.gae(rewards, values, mask, 1.0, lam)
+        close(advantages, float64(0, 0, 0.5, 0.5, 0)[None], "advantages")
+        close(returns, float64(0, 0.5, 0.75, 1, 0)[None], "returns")
+    check((response, 0.5))
+    rejects(check, (torch.ones_like(response), 0.5), (response, 1.0))
+    close(dpo.gae(rewards, values, response, 0.5, 1.0)[1], float64(0, 0.25, 0.5, 1, 0)[None], "lam = 1: discounted sums of rewards")
+    close(dpo.gae(rewards, values, response, 1.0, 0.0)[0], float64(0, -0.25, 0.25, 0.5, 0)[None], "lam = 0: one-step errors")
+
+
+def test_clipped_tokens_have_zero_gradient():
+    """d(-min(rho A, clip(rho) A))/d log pi = -rho A, or exactly 0 once rho has left 1 +- .2 the way A pushes:
+
+        rho    1.3   1.3    .7    .7    1     1.3 (masked)
+        A       1    -1      1    -1    1     -1
+        grad    0    1.3   -.7     0   -1      0
+
+    Rejected: clipping without the minimum, which is also silent where the step should be undone (columns 2 and 3).
+    """
+    ratio, advantages = float64(1.3, 1.3, 0.7, 0.7, 1, 1.3)[None], float64(1, -1, 1, -1, 1, -1)[None]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+
+    def check(losses):
+        logps = ratio.log().requires_grad_()
+        gradient, = torch.autograd.grad(losses(logps).sum(), logps)
+        close(gradient, float64(0, 1.3, -0.7, 0, -1, 0)[None], "PPO's gradient per token")
+        assert (gradient[0, [0, 3, 5]] == 0).all()
+    zeros = torch.zeros_like(ratio)
+    check(lambda logps: dpo.ppo_losses(logps, zeros, advantages, zeros, zeros, zeros, mask)[0])
+    rejects(check, lambda logps: -logps.exp().clamp(0.8, 1.2) * advantages * mask, lambda logps: -logps.exp() * advantages * mask)
+
+
+def test_value_clipping_by_hand():
+    """V_old = 0, R = 1, clip .2. V = .1: 1/2 .9^2. V = .5: the clipped .2 is worse, 1/2 .8^2, and the gradient 0.
+    V = -.5: 1/2 1.5^2, gradient -1.5: a value that went the wrong way is pulled back. Rejected: no clip."""
+    def check(clip):
+        values = float64(0.1, 0.5, -0.5)[None].requires_grad_()
+        zeros, ones = torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+        losses = dpo.ppo_losses(zeros, zeros, zeros, values, zeros, ones, ones, 0.2, clip)[1]
+        close(losses, float64(0.405, 0.32, 1.125)[None])
+        close(torch.autograd.grad(losses.sum(), values)[0], float64(-0.9, 0, -1.5)[None])
+    check(0.2)
+    rejects(check, 1e9)
+
+
+@pytest.mark.parametrize("kl, expected", [(9, 0.1 * 1.0128), (0, 0.1 * 0.9872), (6.6, 0.1 * 1.0064), (6, 0.1)])
+def test_adaptive_kl(kl, expected):
+    """beta (1 + clip(kl/6 - 1, +-.2) 640/10000): kl 9 is clipped at +.2, 0 at -.2; 6.6 gives +.1; on target nothing moves.
+    Rejected: the controller turned round."""
+    def check(adapt):
+        close(adapt(0.1, kl, 6, 640, 10_000), expected, "up above the target, down below, by 20% of n/horizon at most")
+    check(dpo.adapt_beta)
+    if kl != 6:
+        rejects(check, lambda beta, kl, target, n, horizon: dpo.adapt_beta(beta, 2 * target - kl, target, n, horizon))
+
+
+def test_kl_estimators():
+    """Over five outcomes, exactly: E_pi[k1] = E_pi[k3] = KL(pi || pi_ref), and k3 >= 0. k3's variance is the smaller one where the
+    two laws are near. Rejected: the ratio upside down, whose mean under pi is chi^2 - KL, and k1 of the other KL."""
+    log_pi, log_ref = POLICIES[0, 0], LOG_REF[0]
+    pi, kl = log_pi.exp(), kl_divergence(log_pi, log_ref)
+
+    def check(estimates):
+        k1, k3 = estimates(log_pi, log_ref)
+        close((pi * k3).sum(), kl, "k3: is the ratio upside down? It is e^-lr - 1 + lr with lr = log pi - log pi_ref")
+        close((pi * k1).sum(), kl, "k1 = log pi - log pi_ref")
+        assert (k3 >= 0).all()
+    check(dpo.kl_estimates)
+    upside_down = lambda p, q: (p - q, torch.expm1(p - q) - (p - q))
+    chi_square = (pi ** 2 / log_ref.exp()).sum() - 1
+    close((pi * upside_down(log_pi, log_ref)[1]).sum(), chi_square - kl)
+    rejects(check, upside_down, lambda p, q: dpo.kl_estimates(q, p))
+    near = (log_ref + 0.1 * log_pi).log_softmax(-1)
+    variance = lambda k: (near.exp() * k ** 2).sum() - (near.exp() * k).sum() ** 2
+    k1, k3 = dpo.kl_estimates(near, log_ref)
+    assert variance(k3) < 0.1 * variance(k1)
+
+
+def test_ppo_rollout_sums_to_the_objective():
+    """At gamma = lam = 1 the return of the first token is score - beta (log pi(y) - log pi_ref(y)), objective (1) of one sample,
+    whatever the critic says; a completion without EOS scores -1. Rejected: the KL's sign reversed, and an unended 5."""
+    policy, reference, critic = tiny_gpt(seed=2), tiny_gpt(seed=3), tiny_gpt(n_outputs=1)
+    torch.nn.init.normal_(critic.score.weight)
+    torch.manual_seed(0)
+    data, statistics, completions = dpo.ppo_rollout(policy, critic, reference, ragged(16)[0], lambda p, c: torch.full((16,), 5.0),
+                                                    dpo.PPO(max_new_tokens=6, lam=1.0), 0.3)
+    ended = torch.tensor([completion[-1] == 10 for completion in completions])
+    assert ended.any() and not ended.all()
+    log_ratio = sequence_logps(policy, data["tokens"], data["mask"]) - sequence_logps(reference, data["tokens"], data["mask"])
+    first = data["mask"] & (data["mask"].cumsum(1) == 1)
+
+    def check(case):
+        beta, unended = case
+        close(data["returns"][first], torch.where(ended, 5.0, unended) - beta * log_ratio, "score - beta log-ratio", 1e-4)
+    check((0.3, -1.0))
+    rejects(check, (-0.3, -1.0), (0.3, 5.0))
+    close(statistics["kl"], log_ratio.mean(), tolerance=1e-4)
+    kept = data["advantages"][data["mask"]]                                      # whitened under the mask, after the returns
+    close([kept.mean(), kept.std(unbiased=False)], [0, 1], tolerance=1e-5)
+
+
+def test_ppo_ratio_starts_at_one():
+    """The first minibatch meets the very policy that sampled: pi/pi_old = 1, to 1e-6; after a step it has moved.
+    Rejected: dropout left on, which makes stored and new log-probs two different policies'."""
+    def check(dropout):
+        torch.manual_seed(0)
+        policy, critic = tiny_gpt(dropout=0.5), tiny_gpt(n_outputs=1, dropout=0.5)
+        settings = dpo.PPO(rollout=16, minibatch=8, epochs=2, max_new_tokens=6)
+        history = dpo.train_ppo(policy, critic, tiny_gpt(), ragged(16)[0], lambda p, c: torch.ones(len(c)), settings,
+                                Training(4, 1e-2), dropout=dropout, quiet=True)
+        close(history[0]["ratio_moved"], 0.0, "PPO's first ratio must be 1: same weights, temperature 1, no dropout", 1e-6)
+        assert history[-1]["ratio_moved"] > 1e-4
+    check(False)
+    rejects(check, True)
+
+
+def test_ppo_cuts_long_prompts():
+    """`generate` cuts a prompt of 40 tokens to the 18 that a block of 24 leaves beside 6 new ones; the rollout must score that cut text."""
+    def rollout(prompt):
+        torch.manual_seed(0)
+        model, critic = tiny_gpt(seed=2), tiny_gpt(n_outputs=1)
+        return dpo.ppo_rollout(model, critic, tiny_gpt(seed=3), [prompt], lambda p, c: torch.ones(1), dpo.PPO(max_new_tokens=6), 0.1)[1]
+    assert rollout(list(range(10)) * 4) == rollout((list(range(10)) * 4)[-18:]) != rollout((list(range(10)) * 4)[:18])
+
+
+# A world small enough for the exact optimum of (2), large enough for the real trainers: one prompt, three words and EOS, at most
+# two tokens, so 13 completions. Completions that do not end are worth -1.
+
+TINY_COMPLETIONS = all_completions(4, 2)
+TINY_REWARD = torch.tensor([1.0, 0.5, -0.5, 1.5] + [-1.0] * 9)
+
+
+def tiny_dpo(policy, reference, beta):
+    """DPO on 16,384 pairs of reference samples, with Bradley-Terry labels."""
+    rng = np.random.default_rng(0)
+    law = completion_logps(reference, [[0]] * 13, TINY_COMPLETIONS).exp().double().numpy()
+    a, b = rng.choice(13, (2, 16_384), p=law / law.sum())
+    a_wins = dpo.bradley_terry_label(TINY_REWARD.numpy()[a], TINY_REWARD.numpy()[b], rng)
+    pairs = Pairs([[0]] * 13, TINY_COMPLETIONS, np.where(a_wins, a, b), np.where(a_wins, b, a), np.arange(len(a)))
+    dpo.train_preferences(policy, reference, pairs, Training(120, 1e-2, 1024), beta=beta, quiet=True)
+
+
+def tiny_ppo(policy, reference, beta):
+    """PPO on the true reward."""
+    torch.manual_seed(0)
+    index = {tuple(completion): i for i, completion in enumerate(TINY_COMPLETIONS)}
+    reward = lambda prompts, completions: TINY_REWARD[[index[tuple(c)] for c in completions]]
+    settings = dpo.PPO(beta=beta, rollout=512, minibatch=256, max_new_tokens=2)
+    dpo.train_ppo(policy, tiny_gpt(4, n_outputs=1), reference, [[0]], reward, settings, Training(240, 1e-2), quiet=True)
+
+
+@pytest.mark.parametrize("train", [tiny_dpo, tiny_ppo])
+def test_trainers_reach_the_analytic_optimum(train):
+    """DPO from pairs and PPO from rewards both end within 5% total variation of pi_ref e^{r/beta} / Z, enumerated. Their own
+    sampling noise is some 2%. Rejected: the reference, and the optima at half and at twice beta."""
+    reference, policy = tiny_gpt(4, seed=10), tiny_gpt(4, seed=10)
+    logps = lambda model: completion_logps(model, [[0]] * 13, TINY_COMPLETIONS)
+    train(policy, reference, 1.0)
+
+    def check(log_pi):
+        distance = 0.5 * (log_pi.exp() - tilted(logps(reference), TINY_REWARD, 1.0)[0].exp()).abs().sum()
+        assert distance < 0.05, f"total variation {distance:.3f} from the analytic optimum"
+    check(logps(policy))
+    rejects(check, logps(reference), *(tilted(logps(reference), TINY_REWARD, beta)[0] for beta in (0.5, 2.0)))
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_analytic_limit():
+    """Rewards of reference samples give KL and reward of pi_ref e^{r/beta} / Z. By hand: rewards (0, 1) equally often,
+    beta = 1/ln 3: pi* = (1/4, 3/4), reward 3/4, KL = 1/4 ln 1/2 + 3/4 ln 3/2.
+
+    Then a law of tenths, (1, 2, 3, 4)/10, whose ten samples hold each outcome as often as it should be: the estimate equals the
+    enumeration. And no policy passes it: 2000 random ones lie below. Rejected: a limit that forgets pi_ref.
+    """
+    kl, reward = dpo.analytic_limit(np.array([[0.0, 1.0]]), [1 / math.log(3)])
+    close([kl.item(), reward.item()], [0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.75])
+    law, rewards = float64(1, 2, 3, 4) / 10, float64(2, -1, 0, 0.5)
+
+    def check(samples):
+        betas = [0.1, 0.5, 1.0, 10.0]
+        kl, reward = dpo.analytic_limit(samples, betas)
+        for i, beta in enumerate(betas):
+            log_star, _ = tilted(law.log(), rewards, beta)
+            close([kl[0, i], reward[0, i]], [kl_divergence(log_star, law.log()), log_star.exp() @ rewards], tolerance=1e-10)
+    samples = rewards.repeat_interleave(torch.tensor([1, 2, 3, 4]))[None].numpy()
+    check(samples)
+    rejects(check, rewards[None].numpy())
+    policies = 3 * normal(2000, 4)
+    policies = policies.log_softmax(-1)
+    limit = dpo.build_frontier(samples).at_kl(kl_divergence(policies, law.log()).numpy())
+    assert (policies.exp() @ rewards <= torch.from_numpy(limit) + 2e-3).all()                # 2e-3: the grid's linear interpolation
+
+
+def test_efficiency():
+    """A policy on the limit has efficiency 1, one with half the gain at the same KL 1/2; the limit at beta is where theory puts it."""
+    rewards = np.random.default_rng(0).normal(size=(4, 2000))
+    frontier = dpo.build_frontier(rewards)
+    kl, reward = frontier.at_beta(0.7)
+    base = rewards.mean()
+    for share in (1.0, 0.5):
+        close(frontier.efficiency(np.full(4, kl), np.full(4, base + share * (reward - base))), share, tolerance=2e-3)
+    assert abs(kl - 0.5 / 0.7 ** 2) < 0.1                                        # r normal: pi* is N(1/beta, 1), its KL 1/(2 beta^2)
+    assert abs(reward - 1 / 0.7) < 0.1
+
+
+@pytest.mark.parametrize("row", [[0.0, 1.0, 2.0], [0.0, 1.0, 1.0, 3.0]], ids=["distinct", "tied"])
+def test_best_of_n(row):
+    """Best of 3 by enumerating all K^3 draws, ties broken evenly: reward and KL as computed from the ranks, and
+    KL <= ln 3 - 2/3, the well-known formula, which only a continuous reward attains. Rejected: best of 2."""
+    K = len(row)
+    best = np.zeros(K)
+    for draw in itertools.product(range(K), repeat=3):
+        winners = [i for i in draw if row[i] == max(row[j] for j in draw)]
+        best += np.bincount(winners, minlength=K) / len(winners) / K ** 3
+    expected = [best @ row, (best[best > 0] * np.log(best[best > 0] * K)).sum()]
+
+    def check(n):
+        reward, kl = dpo.best_of_n(np.array([row]), n)
+        close([reward.item(), kl.item()], expected)
+    check(3)
+    rejects(check, 2)
+    bound = lambda n: math.log(n) - (n - 1) / n
+    assert expected[1] < bound(3)
+    for n in (4, 64):                                                            # many distinct rewards come near the bound, from below
+        kl = dpo.best_of_n(np.random.default_rng(0).normal(size=(1, 20_000)), n)[1].item()
+        assert 0 <= bound(n) - kl < 0.01
+
+
+def test_evaluating_the_reference_finds_nothing(tokenizer):
+    """The reference against itself: KL exactly 0, so no efficiency; every sample of an untrained model is ungrammatical."""
+    model = tiny_gpt(tokenizer.n_vocab, block_size=48)
+    prompts = dpo.sample_prompts(0, 6, held_out=True)
+    torch.manual_seed(0)
+    frontier = dpo.build_frontier(np.random.default_rng(0).normal(size=(6, 64)))
+    row = dpo.evaluate(model, model, frontier, prompts, tokenizer, 4, 8)
+    assert row["kl"] == 0 and row["kl_se"] == 0 and row["efficiency"] is None
+    assert row["grammatical"] == 0 and row["reward"] < 0 and 0 <= row["win_rate"] <= 1
+    other = dpo.evaluate(tiny_gpt(tokenizer.n_vocab, seed=1, block_size=48), model, frontier, prompts, tokenizer, 4, 8)
+    assert other["kl"] > 0
