@@ -1485,6 +1485,7 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = "") -> dict:
 def sweep(seeds, out: Path, scale=Scale()):
     """Several betas for DPO and PPO, and DPO on fewer pairs, everything redone for each seed; writes sweep.json and sweep.png."""
     started, methods, frontiers, accuracies = time.time(), {}, [], []
+    os.environ["TQDM_DISABLE"] = "1"                                             # read by the processes started below: one bar is enough
     for seed in seeds:
         world = make_world(scale, seed)
         reward_model = run_reward_model(world)

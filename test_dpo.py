@@ -1474,3 +1474,42 @@ def test_evaluating_the_reference_finds_nothing(tokenizer):
     assert row["grammatical"] == 0 and row["reward"] < 0 and 0 <= row["win_rate"] <= 1
     other = dpo.evaluate(tiny_gpt(tokenizer.n_vocab, seed=1, block_size=48), model, frontier, prompts, tokenizer, 4, 8)
     assert other["kl"] > 0
+
+
+# ======================================================================================================================
+# 3. The whole: the demonstration, and what the README says of the code
+# ======================================================================================================================
+
+TINY = dict(sft_steps=40, prompts=64, dpo_steps=8, reward_model_steps=8, baseline_steps=8, ppo_rollouts=1, held_out=6, samples=4, limit_samples=64)
+
+
+def test_demonstration_writes_what_it_promises(tmp_path, capsys):
+    """summary.json holds every method with every column, finite or null; losses start at log 2 and ratios at 1; the figures are there."""
+    dpo.demonstrate(dpo.Scale(**TINY), seed=3, out=tmp_path, note="tiny")
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert list(summary["methods"]) == ["SFT", "Best-of-4", "Best-of-16", "Best-of-64", "Preferred-FT", "Unlikelihood", "PPO-RM", "PPO-GT", "DPO"]
+    for name, row in summary["methods"].items():
+        columns = {"reward", "reward_se", "kl", "kl_se", "efficiency", "win_rate", "grammatical", "seconds"}
+        assert columns <= row.keys(), (name, columns - row.keys())
+        assert all(row[column] is None or math.isfinite(row[column]) for column in columns), (name, row)
+        assert 0 <= row["grammatical"] <= 1 and 0 <= row["win_rate"] <= 1
+    assert all({"beta", "kl", "reward"} <= point.keys() for point in summary["frontier"]) and summary["seconds"] > 0
+    assert abs(summary["checks"]["dpo_first_loss_minus_log_2"]) < 1e-6 and abs(summary["checks"]["ppo_first_ratio_minus_1"]) < 1e-6
+    for figure in ("frontier.png", "training.png"):
+        assert (tmp_path / figure).read_bytes()[:4] == b"\x89PNG", figure
+    printed = capsys.readouterr().out
+    assert "efficiency" in printed and "tiny" in printed and str(tmp_path / "frontier.png") in printed
+
+
+def test_readme_points_at_the_code():
+    """Each link [name](dpo.py#Ln) of the README leads to the line that defines the name."""
+    here = os.path.dirname(os.path.abspath(dpo.__file__))
+    with open(os.path.join(here, "README.md")) as readme, open(dpo.__file__) as code:
+        links, lines = re.findall(r"\[(\w+)\]\(dpo\.py#L(\d+)\)", readme.read()), code.read().splitlines()
+
+    def check(links):
+        assert len(links) > 5
+        for name, number in links:
+            assert re.match(rf"\s*(def |class )?{name}\b", lines[int(number) - 1]), f"README: {name} is not at line {number}: {lines[int(number) - 1]}"
+    check(links)
+    rejects(check, [(name, int(number) + 1) for name, number in links])
