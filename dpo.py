@@ -1482,7 +1482,7 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = "") -> dict:
     return summary
 
 
-def sweep(seeds, out: Path, scale=Scale()):
+def sweep(seeds, out: Path, scale=Scale(limit_samples=2048)):
     """Several betas for DPO and PPO, and DPO on fewer pairs, everything redone for each seed; writes sweep.json and sweep.png."""
     started, methods, frontiers, accuracies = time.time(), {}, [], []
     os.environ["TQDM_DISABLE"] = "1"                                             # read by the processes started below: one bar is enough
@@ -1491,9 +1491,9 @@ def sweep(seeds, out: Path, scale=Scale()):
         reward_model = run_reward_model(world)
         accuracies.append(reward_model_accuracy(reward_model, world))
         frontiers.append(world.frontier)
-        jobs = {f"DPO beta={beta:g}": (run_preferences, {"beta": beta}) for beta in (4, 2, 1.4, 1)}
+        jobs = {f"DPO beta={beta:g}": (run_preferences, {"beta": beta}) for beta in (4, 2, 1.4, 1.1)}
         jobs |= {f"DPO beta={BETA:g} pairs={n}": (run_preferences, {"n_pairs": n}) for n in (1024, 4096, 16384, 32768)}
-        for beta in (4, 2, 1):
+        for beta in (4, 2, 1.2):
             jobs[f"PPO-GT beta={beta:g}"] = run_ppo, {"beta": beta}
             jobs[f"PPO-RM beta={beta:g}"] = run_ppo, {"beta": beta, "reward_model": reward_model}
         # two processes of one thread each finish 1.4 times as much as one of two threads, on two cores
@@ -1502,7 +1502,9 @@ def sweep(seeds, out: Path, scale=Scale()):
                 row["theory_kl"], row["theory_reward"] = world.frontier.at_beta(float(name.split("beta=")[1].split()[0]))
                 methods[f"{name} seed={seed}"] = row
         methods |= {f"Best-of-{n} seed={seed}": run_best_of_n(world, n) for n in (4, 16, 64)}
+        largest = max(row["kl"] for name, row in methods.items() if "pairs" not in name)
         write_json(out / "sweep.json", {"methods": methods, "means": over_seeds(methods), "frontier": frontier_points(*frontiers),
+                                        "frontier_error": {f"{kl:.2f}": [frontier_error(frontier, kl) for frontier in frontiers] for kl in (1, 3, largest)},
                                         "reward_model_and_bayes_accuracy": accuracies, "config": {**asdict(scale), "seeds": list(seeds)},
                                         "seconds": time.time() - started})
     results = json.loads((out / "sweep.json").read_text())
@@ -1680,7 +1682,7 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.sweep:
-            sweep(range(options.seed, options.seed + 3), options.out, FAST if options.fast else Scale())
+            sweep(range(options.seed, options.seed + 3), options.out, FAST if options.fast else Scale(limit_samples=2048))
         else:
             demonstrate(FAST if options.fast else Scale(), options.seed, options.out, "fast run, less precise" if options.fast else "")
     except FloatingPointError as error:
