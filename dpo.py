@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -41,7 +42,7 @@ import re
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -1233,22 +1234,6 @@ def standard_error(values) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def summarise(frontier: Frontier, kl, reward, seed=0, **more) -> dict:
-    """One method's row: kl, reward (P,) per held-out prompt, with standard errors over prompts.
-
-    The efficiency's error is a bootstrap over prompts; since policy and limit are compared on the same prompts, what
-    the prompts have in common cancels. At a KL that cannot be told from 0 there is no efficiency (None).
-    """
-    rng, efficiency, efficiency_se = np.random.default_rng(seed), None, None
-    if kl.mean() > 3 * standard_error(kl) and kl.mean() > 0.01:
-        efficiency = float(frontier.efficiency(kl, reward))
-        draws = [rng.integers(len(kl), size=len(kl)) for _ in range(200)]
-        efficiency_se = float(np.std([frontier.efficiency(kl, reward, draw) for draw in draws]))
-    gain = reward - frontier.rewards.mean(1)                                     # what prompts have in common cancels here, too
-    return {"reward": float(reward.mean()), "reward_se": standard_error(reward), "gain_se": standard_error(gain),
-            "kl": float(kl.mean()), "kl_se": standard_error(kl), "efficiency": efficiency, "efficiency_se": efficiency_se, **more}
-
-
 def judge(tokenizer, prompts: list, completions: list) -> dict:
     """The truth about completions. prompts: P pairs (prompt, reference completion); completions: P*S lists of ids, S of each
     prompt in a row. Returns (P,S) arrays: gold reward; win, whether it beats the reference completion (a tie is half a win);
@@ -1262,18 +1247,34 @@ def judge(tokenizer, prompts: list, completions: list) -> dict:
             "length": np.array([len(completion) for completion in completions]).reshape(-1, S)}
 
 
-def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, samples: int, max_new_tokens: int, temperature=1.0,
-             progress=None):
-    """Sample the policy on held-out prompts and measure it against the truth: one method's row.
+def summarise(frontier: Frontier, kl, judged: dict, seed=0, **more) -> dict:
+    """One method's row from kl (P,), per held-out prompt, and what `judge` said; standard errors are over prompts.
+
+    The efficiency's error is a bootstrap (its spread over 200 resamplings of the prompts): policy and limit are compared on
+    the same prompts, so what these have in common cancels. At a KL that cannot be told from 0 there is no efficiency (None).
+    """
+    reward, rng, efficiency, efficiency_se = judged["reward"].mean(1), np.random.default_rng(seed), None, None
+    gain = reward - frontier.rewards.mean(1)
+    if kl.mean() > max(0.01, 3 * standard_error(kl)):
+        efficiency = float(frontier.efficiency(kl, reward))
+        draws = [rng.integers(len(kl), size=len(kl)) for _ in range(200)]
+        efficiency_se = float(np.std([frontier.efficiency(kl, reward, draw) for draw in draws]))
+    return {"reward": float(reward.mean()), "reward_se": standard_error(reward),
+            "gain": float(gain.mean()), "gain_se": standard_error(gain),         # over the reference, on the same prompts
+            "kl": float(kl.mean()), "kl_se": standard_error(kl), "efficiency": efficiency, "efficiency_se": efficiency_se,
+            "win_rate": float(judged["win"].mean()), "grammatical": float(judged["grammatical"].mean()),
+            "length": float(judged["length"].mean()), **more}
+
+
+def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, samples: int, max_new_tokens: int, progress=None):
+    """Sample the policy on held-out prompts, at temperature 1, and measure it against the truth: one method's row.
 
     The KL is the mean of log pi - log pi_ref over the policy's own samples: k1, unbiased, in nats per completion.
     """
     ids = [encode(tokenizer, prompt) for prompt, _ in prompts for _ in range(samples)]
-    completions = generate(policy, ids, max_new_tokens, temperature, progress=progress)
+    completions = generate(policy, ids, max_new_tokens, progress=progress)
     kl = (completion_logps(policy, ids, completions) - completion_logps(reference, ids, completions)).numpy()
-    judged = {name: values.mean(1) for name, values in judge(tokenizer, prompts, completions).items()}          # (P,) each
-    return summarise(frontier, kl.reshape(-1, samples).mean(1), judged["reward"], win_rate=float(judged["win"].mean()),
-                     grammatical=float(judged["grammatical"].mean()), length=float(judged["length"].mean()))
+    return summarise(frontier, kl.reshape(-1, samples).mean(1), judge(tokenizer, prompts, completions))
 
 
 # ======================================================================================================================
@@ -1313,8 +1314,8 @@ class World:
     held_out: list                      # (prompt, reference completion)
     truth: dict                         # of the limit's samples, (P, K) each: see `judge`
     frontier: Frontier
-    histories: dict
-    seconds: dict
+    histories: dict                     # stage -> what `fit` returned
+    seconds: dict                       # stage -> seconds
 
 
 def make_world(scale: Scale, seed: int) -> World:
@@ -1326,10 +1327,10 @@ def make_world(scale: Scale, seed: int) -> World:
         seconds[stage] = time.time() - started - sum(seconds.values())
     corpus = [sample_review(rng, "meal" if rng.random() < 0.15 else "film") for _ in range(32 * scale.sft_steps)]
     tokenizer = train_tokenizer(corpus[:10_000], VOCAB_SIZE)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    reference = GPT(GPTConfig(tokenizer.n_vocab, BLOCK_SIZE, n_layer=2, n_head=2, n_embd=64)).to(device)
     texts = [encode(tokenizer, text) + [tokenizer.eot_token] for text in corpus]
     lap("corpus and tokenizer")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    reference = GPT(GPTConfig(tokenizer.n_vocab, BLOCK_SIZE, n_layer=2, n_head=2, n_embd=64)).to(device)
     history = train_sft(reference, texts, Training(scale.sft_steps, 7e-3, batch_size=32, seed=seed))
     lap("SFT")
     prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
@@ -1354,13 +1355,12 @@ def with_scalar_head(model: GPT) -> GPT:
 def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None, n_pairs=None, **hyper) -> GPT:
     """A copy of the SFT policy trained on the world's preferences, or on the first n_pairs of them."""
     policy, pairs = copy.deepcopy(world.reference), world.pairs
-    if n_pairs:
-        pairs = replace(pairs, **{name: getattr(pairs, name)[:n_pairs] for name in ("chosen", "rejected", "prompt_index")})
+    pairs = replace(pairs, **{name: getattr(pairs, name)[:n_pairs] for name in ("chosen", "rejected", "prompt_index")})
     training = Training(steps or world.scale.dpo_steps, 1e-3, batch_size=96, seed=world.seed)
 
-    def look(logs, n=256, looks=8):                                              # now and then: KL and length on n samples
-        if logs["step"] % (training.steps // looks) == 0:
-            prompts = world.prompts[:n]
+    def look(logs):                                                              # eight times: KL and length of 256 samples
+        if logs["step"] % max(1, training.steps // 8) == 0:
+            prompts = world.prompts[:256]
             completions = generate(policy, prompts, MAX_NEW_TOKENS)
             kl = completion_logps(policy, prompts, completions) - completion_logps(world.reference, prompts, completions)
             logs.update(kl=kl.mean().item(), length=float(np.mean([len(completion) for completion in completions])))
@@ -1370,7 +1370,8 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
 
 def run_reward_model(world: World) -> GPT:
     """A reward model fitted to the world's preferences, from the SFT policy's body."""
-    reward_model, training = with_scalar_head(world.reference), Training(world.scale.reward_model_steps, 2e-3, 96, seed=world.seed)
+    reward_model = with_scalar_head(world.reference)
+    training = Training(world.scale.reward_model_steps, 2e-3, batch_size=96, seed=world.seed)
     world.histories["reward model"] = train_reward_model(reward_model, world.pairs, training)
     return reward_model
 
@@ -1381,23 +1382,21 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA) -> GPT:
     Rewards are normalised to mean 0 and standard deviation 1 on reference samples, and beta is divided by the same number:
     so beta means here what it means in DPO.
     """
-    torch.manual_seed(world.seed)
-    policy, scale, tokenizer = copy.deepcopy(world.reference), world.scale, world.tokenizer
-
     def gold(prompts, completions):
-        return torch.tensor([gold_reward(decode(tokenizer, p), decode(tokenizer, c)) for p, c in zip(prompts, completions)])
+        return torch.tensor([gold_reward(*(decode(world.tokenizer, ids) for ids in text)) for text in zip(prompts, completions)])
 
     def raw(prompts, completions):
         return gold(prompts, completions) if reward_model is None else score_completions(reward_model, prompts, completions)
 
     def watch(prompts, completions):
         return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
-    sample = raw([p.tolist() for p in world.pairs.prompts[:4096]], [c.tolist() for c in world.pairs.completions[:4096]])
-    mean, std = sample.mean().item(), sample.std().item()
-    ppo = PPO(beta=beta / std, max_new_tokens=MAX_NEW_TOKENS)
-    training = Training(scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, seed=world.seed)
-    world.histories[stage] = train_ppo(policy, with_scalar_head(world.reference), world.reference, world.prompts,
-                                       lambda prompts, completions: (raw(prompts, completions) - mean) / std, ppo, training, stage, watch)
+    sample = raw(*([ids.tolist() for ids in rows[:4096]] for rows in (world.pairs.prompts, world.pairs.completions)))
+    mean, std = sample.mean(), sample.std()
+    ppo = PPO(beta=beta / std.item(), max_new_tokens=MAX_NEW_TOKENS)
+    training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, seed=world.seed)
+    policy = copy.deepcopy(world.reference)
+    world.histories[stage] = train_ppo(policy, with_scalar_head(policy), world.reference, world.prompts,
+                                       lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch)
     return policy
 
 
@@ -1406,18 +1405,21 @@ def run_best_of_n(world: World, n: int) -> dict:
     reward, kl = best_of_n(world.truth["reward"], n)
     groups = {name: values[:, :values.shape[1] // n * n].reshape(len(values), -1, n) for name, values in world.truth.items()}
     best = groups["reward"].argmax(-1)[..., None]                                # (P, K/n, 1)
-    means = {name: float(np.take_along_axis(values, best, -1).mean()) for name, values in groups.items()}
-    return summarise(world.frontier, kl, reward, win_rate=means["win"], grammatical=means["grammatical"], length=means["length"], seconds=0.0)
+    judged = {name: np.take_along_axis(values, best, -1)[..., 0] for name, values in groups.items()}
+    return summarise(world.frontier, kl, {**judged, "reward": reward[:, None]}, seconds=0.0)
 
 
-def measure(world: World, run, progress="evaluation") -> tuple[GPT, dict]:
-    """Train by run() and evaluate on the held-out prompts -> policy, row."""
+def measure(world: World, name: str, run, progress="evaluation", **options) -> tuple[GPT, dict]:
+    """Train by run(world, name, **options) and evaluate on the held-out prompts -> policy, row."""
+    torch.manual_seed(world.seed)                                                # a row does not depend on what ran before it
     started = time.time()
-    policy = run()
+    policy = run(world, name, **options)
     seconds = time.time() - started
     row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, world.scale.samples, MAX_NEW_TOKENS,
-                   progress=progress)
-    return policy, {**row, "seconds": seconds}
+                   progress)
+    theory_kl, theory_reward = world.frontier.at_beta(options.get("beta", BETA))
+    return policy, {**row, "seconds": seconds, "theory_kl": theory_kl, "theory_reward": theory_reward,
+                    "kl_over_theory": row["kl"] / theory_kl}
 
 
 def reward_model_accuracy(reward_model, world: World, n: int = 2048):
@@ -1436,27 +1438,22 @@ def reward_model_accuracy(reward_model, world: World, n: int = 2048):
     return float(np.where(np.sign(gold) == np.sign(score), bayes, 1 - bayes).mean()), float(bayes.mean())
 
 
-def demonstrate(scale: Scale, seed: int, out: Path, note: str = "") -> dict:
+def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
     """Every method of the paper's first experiment, trained and measured; writes summary.json and two figures to `out`."""
-    started, methods, policies = time.time(), {}, {}
-    world = make_world(scale, seed)
-    base = {name: values.mean(1) for name, values in world.truth.items()}
-    methods["SFT"] = summarise(world.frontier, np.zeros(len(base["reward"])), base["reward"], win_rate=float(base["win"].mean()),
-                               grammatical=float(base["grammatical"].mean()), length=float(base["length"].mean()), seconds=world.seconds["SFT"])
-    policies["SFT"] = world.reference
-    for n in (4, 16, 64):
-        methods[f"Best-of-{n}"] = run_best_of_n(world, n)
+    started, world = time.time(), make_world(scale, seed)
+    policies = {"SFT": world.reference}
+    methods = {"SFT": summarise(world.frontier, np.zeros(scale.held_out), world.truth, seconds=world.seconds["SFT"])}
+    methods |= {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
     lap = time.time()
     reward_model = run_reward_model(world)
-    reward_model_seconds = time.time() - lap
+    world.seconds["reward model"] = time.time() - lap
     few = scale.baseline_steps
-    for name, run in {"Preferred-FT": lambda: run_preferences(world, "Preferred-FT", "sft", steps=few),
-                      "Unlikelihood": lambda: run_preferences(world, "Unlikelihood", "unlikelihood", steps=few, alpha=1.0),
-                      "PPO-RM": lambda: run_ppo(world, "PPO-RM", reward_model),
-                      "PPO-GT": lambda: run_ppo(world, "PPO-GT"),
-                      "DPO": lambda: run_preferences(world)}.items():
-        policies[name], methods[name] = measure(world, run)
-    methods["PPO-RM"]["seconds"] += reward_model_seconds
+    for name, run, options in (("Preferred-FT", run_preferences, {"loss": "sft", "steps": few}),
+                               ("Unlikelihood", run_preferences, {"loss": "unlikelihood", "steps": few, "alpha": 1.0}),
+                               ("PPO-RM", run_ppo, {"reward_model": reward_model}), ("PPO-GT", run_ppo, {}),
+                               ("DPO", run_preferences, {})):
+        policies[name], methods[name] = measure(world, name, run, **options)
+    methods["PPO-RM"]["seconds"] += world.seconds["reward model"]
 
     accuracy, bayes = reward_model_accuracy(reward_model, world)
     kl, reward = world.frontier.at_beta(BETA)
@@ -1464,54 +1461,56 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = "") -> dict:
               "reward_model_accuracy": accuracy, "bayes_accuracy": bayes,
               "dpo_first_loss_minus_log_2": world.histories["DPO"][0]["loss"] - math.log(2),
               "ppo_first_ratio_minus_1": world.histories["PPO-GT"][0]["ratio_moved"]}
-    plot_frontier(world.frontier.kl.mean(0), world.frontier.reward.mean(0), limit_error(world.frontier), methods, {"DPO": (kl, reward)},
-                  out / "frontier.png", note)
+    limit = limit_points(world.frontier)
+    figure, axes = new_figure(1, 1, (7, 4.6), note)
+    draw_frontier(axes[0, 0], limit, methods)
+    figure.savefig(out / "frontier.png")
     plot_training(world.histories, out / "training.png", note)
     print_examples(policies, world)
     print_table(methods)
-    summary = {"methods": methods, "frontier": frontier_points(world.frontier), "checks": checks,
-               "config": {**asdict(scale), "beta": BETA, "seed": seed, "note": note,
-                          "parameters": sum(parameter.numel() for parameter in world.reference.parameters())},
-               "world_seconds": world.seconds, "seconds": time.time() - started}
-    write_json(out / "summary.json", summary)
-    print(f"\nTheory puts both DPO and RLHF at KL {kl:.2f}, reward {reward:.2f} for beta {BETA:g}. The limit itself is good to "
-          f"{100 * checks['frontier_error_at_3_nats']:.1f}% at 3 nats.\nReward model: {accuracy:.1%} of held-out pairs right; the true "
-          f"reward gets {bayes:.1%}.\nDPO's first loss - log 2: {checks['dpo_first_loss_minus_log_2']:.0e}. PPO's first |ratio - 1|: "
-          f"{checks['ppo_first_ratio_minus_1']:.0e}.\nFigures: {out / 'frontier.png'}, {out / 'training.png'}. Numbers: "
-          f"{out / 'summary.json'}. {summary['seconds']:.0f} s{', ' + note if note else ''}.")
-    return summary
+    seconds = time.time() - started
+    parameters = sum(parameter.numel() for parameter in world.reference.parameters())
+    write_json(out / "summary.json", {
+        "methods": methods, "frontier": limit, "checks": checks, "world_seconds": world.seconds, "seconds": seconds,
+        "config": {**asdict(scale), "beta": BETA, "seed": seed, "note": note, "parameters": parameters}})
+    print(f"""
+Theory puts DPO and RLHF at KL {kl:.2f}, reward {reward:.2f} for beta {BETA:g}.
+The limit itself is good to {checks["frontier_error_at_3_nats"]:.1%} at 3 nats.
+Reward model: {accuracy:.1%} of held-out pairs right; the true reward gets {bayes:.1%}.
+DPO's first loss - log 2: {checks["dpo_first_loss_minus_log_2"]:.0e}.
+PPO's first |ratio - 1|: {checks["ppo_first_ratio_minus_1"]:.0e}.
+Figures and numbers: {out}/frontier.png, training.png, summary.json. {seconds:.0f} s. {note}""")
 
 
-def sweep(seeds, out: Path, scale=Scale(limit_samples=2048)):
+def sweep(seeds, out: Path, scale: Scale):
     """Several betas for DPO and PPO, and DPO on fewer pairs, everything redone for each seed; writes sweep.json and sweep.png."""
     started, methods, frontiers, accuracies = time.time(), {}, [], []
-    os.environ["TQDM_DISABLE"] = "1"                                             # read by the processes started below: one bar is enough
+    os.environ["TQDM_DISABLE"] = "1"                                     # for the processes started below: one bar will do
     for seed in seeds:
         world = make_world(scale, seed)
         reward_model = run_reward_model(world)
         accuracies.append(reward_model_accuracy(reward_model, world))
         frontiers.append(world.frontier)
-        jobs = {f"DPO beta={beta:g}": (run_preferences, {"beta": beta}) for beta in (4, 2, 1.4, 1.1)}
-        jobs |= {f"DPO beta={BETA:g} pairs={n}": (run_preferences, {"n_pairs": n}) for n in (1024, 4096, 16384, 32768)}
-        for beta in (4, 2, 1.2):
-            jobs[f"PPO-GT beta={beta:g}"] = run_ppo, {"beta": beta}
-            jobs[f"PPO-RM beta={beta:g}"] = run_ppo, {"beta": beta, "reward_model": reward_model}
-        # two processes of one thread each finish 1.4 times as much as one of two threads, on two cores
+        jobs = [(f"DPO beta={beta:g}", run_preferences, {"beta": beta}) for beta in (4, 2, 1.4, 1.1)]
+        jobs += [(f"DPO beta={BETA:g} pairs={n}", run_preferences, {"n_pairs": n}) for n in (1024, 8192, 32768)]
+        jobs += [(f"PPO-GT beta={beta:g}", run_ppo, {"beta": beta}) for beta in (4, 2, 1.2)]
+        jobs += [(f"PPO-RM beta={beta:g}", run_ppo, {"beta": beta, "reward_model": reward_model}) for beta in (4, 2, 1.2)]
+        # on two cores, two processes of one thread each finish 1.4 times as much as one of two threads
         with multiprocessing.get_context("spawn").Pool(2, start_worker, (world,)) as pool:
-            for name, row in tqdm(pool.imap(work, jobs.items()), total=len(jobs), desc=f"sweep, seed {seed}"):
-                row["theory_kl"], row["theory_reward"] = world.frontier.at_beta(float(name.split("beta=")[1].split()[0]))
-                methods[f"{name} seed={seed}"] = row
-        methods |= {f"Best-of-{n} seed={seed}": run_best_of_n(world, n) for n in (4, 16, 64)}
-        largest = max(row["kl"] for name, row in methods.items() if "pairs" not in name)
-        write_json(out / "sweep.json", {"methods": methods, "means": over_seeds(methods), "frontier": frontier_points(*frontiers),
-                                        "frontier_error": {f"{kl:.2f}": [frontier_error(frontier, kl) for frontier in frontiers] for kl in (1, 3, largest)},
-                                        "reward_model_and_bayes_accuracy": accuracies, "config": {**asdict(scale), "seeds": list(seeds)},
-                                        "seconds": time.time() - started})
-    results = json.loads((out / "sweep.json").read_text())
+            rows = dict(tqdm(pool.imap(work, jobs), total=len(jobs), desc=f"sweep, seed {seed}"))
+        rows |= {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
+        methods |= {f"{name} seed={seed}": row for name, row in rows.items()}
+        widest = max(row["kl"] for name, row in methods.items() if "pairs" not in name)
+        errors = {f"{kl:.2f}": [frontier_error(frontier, kl) for frontier in frontiers] for kl in (1, 3, widest)}
+        results = {"methods": methods, "means": over_seeds(methods), "frontier": limit_points(*frontiers), "frontier_error": errors,
+                   "reward_model_and_bayes_accuracy": accuracies, "config": {**asdict(scale), "seeds": list(seeds)},
+                   "seconds": time.time() - started}
+        write_json(out / "sweep.json", results)
     plot_sweep(results, out / "sweep.png")
-    print_means(results["means"])
-    print("Reward model and Bayes-optimal accuracy, by seed: " + ", ".join(f"{model:.3f} / {bayes:.3f}" for model, bayes in accuracies))
-    print(f"Figure: {out / 'sweep.png'}. Numbers: {out / 'sweep.json'}. {results['seconds']:.0f} s.")
+    print_table(results["means"])
+    print("Accuracy of reward model / Bayes-optimal, by seed:", *(f"{model:.3f} / {bayes:.3f}" for model, bayes in accuracies),
+          "\nRelative error of the limit, by KL:", *(f"{kl} nats {np.mean(error):.2%}" for kl, error in errors.items()),
+          f"\nFigure and numbers: {out}/sweep.png, sweep.json. {results['seconds']:.0f} s.")
 
 
 def start_worker(world: World):
@@ -1520,50 +1519,40 @@ def start_worker(world: World):
 
 
 def work(job):
-    name, (run, options) = job
-    return name, measure(work.world, functools.partial(run, work.world, name, **options), progress=None)[1]
+    name, run, options = job
+    return name, measure(work.world, name, run, progress=None, **options)[1]
 
 
 def over_seeds(methods: dict) -> dict:
     """Rows "setting seed=S" -> setting: {name: mean over seeds, name_se: its standard error}."""
-    groups, means = {}, {}
+    values, means = defaultdict(list), defaultdict(dict)
     for name, row in methods.items():
-        groups.setdefault(name.rsplit(" seed=", 1)[0], []).append(row)
-    for setting, rows in groups.items():
-        for key in ("reward", "kl", "efficiency", "win_rate", "grammatical", "length", "seconds", "theory_kl", "theory_reward"):
-            values = [row[key] for row in rows if row.get(key) is not None]
-            if values:
-                means.setdefault(setting, {})[key] = float(np.mean(values))
-                means[setting][key + "_se"] = standard_error(values) if len(values) > 1 else None
+        for key in row:
+            if row[key] is not None and not key.endswith("_se"):
+                values[name.rsplit(" seed=", 1)[0], key].append(row[key])
+    for (setting, key), numbers in values.items():
+        means[setting] |= {key: float(np.mean(numbers)), key + "_se": standard_error(numbers) if len(numbers) > 1 else None}
     return means
 
 
-def frontier_points(*frontiers: Frontier) -> list[dict]:
-    """The limit curve, averaged over seeds."""
-    mean = lambda name: np.mean([getattr(frontier, name).mean(0) for frontier in frontiers], 0).tolist()
-    return [{"beta": beta, "kl": kl, "reward": reward} for beta, kl, reward in
-            zip(np.mean([frontier.betas for frontier in frontiers], 0).tolist(), mean("kl"), mean("reward"))]
-
-
-def limit_error(frontier: Frontier) -> np.ndarray:
-    """Standard error over prompts of the limit's gain over the reference (G,)."""
-    return np.apply_along_axis(standard_error, 0, frontier.reward - frontier.rewards.mean(1, keepdims=True))
+def limit_points(*frontiers: Frontier) -> list[dict]:
+    """The limit curve, averaged over seeds; se: the standard error over prompts of its gain over the reference."""
+    curves = [(f.betas, f.kl.mean(0), f.reward.mean(0),
+               np.apply_along_axis(standard_error, 0, f.reward - f.rewards.mean(1, keepdims=True)) / math.sqrt(len(frontiers)))
+              for f in frontiers]
+    return [dict(zip(("beta", "kl", "reward", "se"), point)) for point in np.mean(curves, 0).T.tolist()]
 
 
 def print_table(methods: dict):
-    print(f"\n{'':13s}{'gold reward':>14s}{'KL, nats':>14s}{'efficiency':>15s}{'win rate':>10s}{'grammatical':>13s}{'tokens':>8s}{'seconds':>9s}")
+    """Rows with standard errors where there are any: over prompts for one run, over seeds for a sweep."""
+    def cell(row, key, digits):
+        error = "" if row.get(key + "_se") is None else f" ±{row[key + '_se']:.{digits}f}"
+        return "-" if row.get(key) is None else f"{row[key]:.{digits}f}{error}"
+    columns = {"gold reward": ("reward", 2), "KL, nats": ("kl", 2), "efficiency": ("efficiency", 3), "win rate": ("win_rate", 3),
+               "grammatical": ("grammatical", 3), "tokens": ("length", 1), "seconds": ("seconds", 0)}
+    print(f"\n{'':23s}" + "".join(f"{title:>15s}" for title in columns))
     for name, row in methods.items():
-        efficiency = "-" if row["efficiency"] is None else f"{row['efficiency']:.3f} ±{row['efficiency_se']:.3f}"
-        print(f"{name:13s}{row['reward']:8.2f} ±{row['reward_se']:.2f} {row['kl']:7.2f} ±{row['kl_se']:.2f} {efficiency:>15s}"
-              f"{row['win_rate']:10.1%}{row['grammatical']:13.1%}{row['length']:8.1f}{row['seconds']:9.0f}")
-
-
-def print_means(means: dict):
-    def cell(row, key, width, digits=2):
-        return f"{row[key]:{width}.{digits}f} ±{row[key + '_se'] or 0:.{digits}f}" if key in row else f"{'-':>{width + digits + 4}s}"
-    print(f"\n{'mean over seeds':24s}{'gold reward':>15s}{'KL, nats':>15s}{'KL in theory':>15s}{'efficiency':>15s}{'grammatical':>13s}")
-    for name, row in means.items():
-        print(f"{name:24s}{cell(row, 'reward', 9)}{cell(row, 'kl', 9)}{cell(row, 'theory_kl', 9)}{cell(row, 'efficiency', 8, 3)}{row['grammatical']:13.1%}")
+        print(f"{name:23s}" + "".join(f"{cell(row, *column):>15s}" for column in columns.values()))
 
 
 def print_examples(policies: dict, world: World, n: int = 3):
@@ -1577,120 +1566,101 @@ def print_examples(policies: dict, world: World, n: int = 3):
 
 
 COLOURS = {"SFT": "#000000", "Preferred-FT": "#E69F00", "Unlikelihood": "#CC79A7", "PPO-RM": "#56B4E9", "PPO-GT": "#0072B2",
-           "DPO": "#D55E00", "Best-of-N": "#009E73"}                             # Okabe and Ito's palette, safe for the colour-blind
+           "DPO": "#D55E00", "Best-of-N": "#009E73"}                             # Okabe and Ito's palette, safe for all eyes
 
 
-def new_figure(rows: int, columns: int, size):
-    import matplotlib                                                            # here, for it takes a second to load
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+def new_figure(rows: int, columns: int, size, title=""):
+    from matplotlib.figure import Figure                                         # here, for it takes a second to load
+    figure = Figure(size, dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
     return figure, axes
 
 
-def save_figure(figure, path: Path):
-    from matplotlib import pyplot
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def draw_frontier(axis, kl, reward, methods: dict, theory: dict):
-    """Methods under the limit curve. methods: name -> row, its family is the name's first word; theory: family -> (KL, reward)."""
+def draw_frontier(axis, limit: list, methods: dict):
+    """Reward against KL under the analytic limit [the paper's Figure 2, left]; bars: 95% intervals, of the gain for the reward.
+    Stars mark where theory puts DPO at each beta. A method's family is its name's first word."""
+    kl, reward, error = (np.array([point[key] for point in limit]) for key in ("kl", "reward", "se"))
     widest = 1.15 * max(row["kl"] for name, row in methods.items() if name != "Unlikelihood")
     axis.plot(kl, reward, color="black", lw=2, label="analytic limit")
+    axis.fill_between(kl, reward - 1.96 * error, reward + 1.96 * error, color="black", alpha=0.12, lw=0)
     for name, row in methods.items():
         family = "Best-of-N" if name.startswith("Best") else name.split(" ")[0]
-        label = family if family not in axis.get_legend_handles_labels()[1] else None
         if row["kl"] > widest:
             axis.plot([], [], " ", label=f"{name}: KL {row['kl']:.0f}, reward {row['reward']:.1f}, off the plot")
             continue
-        axis.errorbar(row["kl"], row["reward"], 1.96 * (row.get("gain_se") or row["reward_se"] or 0), 1.96 * (row["kl_se"] or 0), ms=6,
-                      fmt="s" if family == "Best-of-N" else "o", capsize=2, color=COLOURS[family], label=label)
-    for family, place in theory.items():
-        axis.plot(*place, "*", ms=15, mfc="none", color=COLOURS[family.split(" ")[0]],
-                  label=None if any("theory" in text for text in axis.get_legend_handles_labels()[1]) else "theory: this beta lands here")
+        axis.errorbar(row["kl"], row["reward"], 1.96 * (row.get("gain_se") or row["reward_se"] or 0), 1.96 * (row["kl_se"] or 0),
+                      ms=6, fmt="s" if family == "Best-of-N" else "o", capsize=2, color=COLOURS[family], label=family)
+        if family == "DPO":
+            axis.plot(row["theory_kl"], row["theory_reward"], "*", ms=15, mfc="none", color=COLOURS["DPO"], label="DPO in theory")
     axis.set(xlim=(-0.03 * widest, widest), ylim=(reward[0] - 0.8, 1.08 * np.interp(widest, kl, reward)),
              xlabel="KL(policy || reference), nats per completion", ylabel="gold reward")
-    axis.legend(fontsize=8, loc="lower right")
-
-
-def plot_frontier(kl, reward, error, methods: dict, theory: dict, path: Path, note=""):
-    """Reward against KL, bars are 95% intervals of the gain over the reference [the paper's Figure 2, left]."""
-    figure, axes = new_figure(1, 1, (7, 4.6))
-    axes[0, 0].fill_between(kl, reward - 1.96 * error, reward + 1.96 * error, color="black", alpha=0.12, lw=0)
-    draw_frontier(axes[0, 0], kl, reward, methods, theory)
-    axes[0, 0].set_title(note, fontsize=9)
-    save_figure(figure, path)
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    axis.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
 
 
 def plot_sweep(results: dict, path: Path):
-    """Left: the frontier, means over seeds. Right: where DPO lands with few and with many pairs, in units of what theory predicts."""
-    means, (kl, reward) = results["means"], (np.array([point[name] for point in results["frontier"]]) for name in ("kl", "reward"))
+    """Left: the frontier, means over seeds. Right: where DPO lands with few and with many pairs."""
     figure, axes = new_figure(1, 2, (12, 4.6))
-    full = {name: row for name, row in means.items() if "pairs" not in name}
-    draw_frontier(axes[0, 0], kl, reward, full, {name: (row["theory_kl"], row["theory_reward"]) for name, row in full.items() if name.startswith("DPO")})
-    few = {int(name.split("pairs=")[1]): row for name, row in means.items() if "pairs=" in name}
-    few[6 * results["config"]["prompts"]] = means[f"DPO beta={BETA:g}"]
-    sizes, rows = list(few), list(few.values())
-    axis = axes[0, 1]
-    axis.errorbar(sizes, [row["kl"] / row["theory_kl"] for row in rows], [1.96 * (row["kl_se"] or 0) / row["theory_kl"] for row in rows],
-                  fmt="o-", capsize=2, color=COLOURS["DPO"], label="DPO's KL / the KL theory predicts")
-    axis.errorbar(sizes, [row.get("efficiency", math.nan) for row in rows], [1.96 * (row.get("efficiency_se") or 0) for row in rows],
-                  fmt="s-", capsize=2, color=COLOURS["PPO-GT"], label="DPO's efficiency")
-    axis.axhline(1, color="black", lw=0.8, ls=":")
-    axis.set(xscale="log", yscale="log", xlabel=f"training pairs (beta {BETA:g}, same number of steps)", title="finite data over-fits")
-    axis.legend(fontsize=8)
-    save_figure(figure, path)
+    draw_frontier(axes[0, 0], results["frontier"], {name: row for name, row in results["means"].items() if "pairs" not in name})
+    rows = {int(name.split("pairs=")[1]): row for name, row in results["means"].items() if "pairs=" in name}
+    rows[6 * results["config"]["prompts"]] = results["means"][f"DPO beta={BETA:g}"]
+    for key, label, colour in (("kl_over_theory", "DPO's KL / the KL theory predicts", COLOURS["DPO"]),
+                               ("efficiency", "DPO's efficiency", COLOURS["PPO-GT"])):
+        axes[0, 1].errorbar(list(rows), [row.get(key, math.nan) for row in rows.values()],
+                            [1.96 * (row.get(key + "_se") or 0) for row in rows.values()], fmt="o-", capsize=2, color=colour, label=label)
+    axes[0, 1].axhline(1, color="black", lw=0.8, ls=":")
+    axes[0, 1].set(xscale="log", yscale="log", xlabel=f"training pairs (beta {BETA:g}, same number of steps)")
+    axes[0, 1].legend(fontsize=8)
+    figure.savefig(path)
 
 
 def plot_training(histories: dict, path: Path, note=""):
-    """The curves to watch while training. Lines of every-step quantities are means over 20 steps."""
-    figure, axes = new_figure(2, 4, (13, 5.6))
+    """The curves to watch while training; each is a running mean over a twentieth of its points, 20 at most."""
+    figure, axes = new_figure(2, 4, (13, 5.6), note)
     policies = ("DPO", "PPO-RM", "PPO-GT", "Unlikelihood")
-    panels = {  # title: [(stage, key, label, colour, steps to average over)]
-        "loss, nats a pair": [("DPO", "loss", "DPO", "DPO", 20), ("reward model", "loss", "reward model", "SFT", 20)],
-        "DPO: rewards": [("DPO", "chosen_reward", "chosen", "PPO-GT", 20), ("DPO", "rejected_reward", "rejected", "DPO", 20)],
-        "DPO: margin, chosen - rejected": [("DPO", "margin", "margin", "DPO", 20)],
-        "accuracy, training pairs": [("DPO", "accuracy", "DPO", "DPO", 20), ("reward model", "accuracy", "reward model", "SFT", 20)],
-        "KL to the reference, nats": [(name, "kl", name, name, 1) for name in policies],
-        "length, tokens": [(name, "length", name, name, 1) for name in policies],
-        "PPO-RM: gold and learnt reward": [("PPO-RM", "gold_reward", "gold", "PPO-GT", 8), ("PPO-RM", "learnt_reward", "learnt", "PPO-RM", 8)],
-        "SFT: loss, nats a token": [("SFT", "loss", "SFT", "SFT", 20)]}
-    for axis, (title, curves) in zip(axes.flat, panels.items()):
-        for stage, key, label, colour, width in curves:
+    panels = (("loss, nats a pair", ("DPO", "reward model"), ("loss",)),
+              ("implied rewards", ("DPO",), ("chosen_reward", "rejected_reward")),
+              ("margin, chosen - rejected", ("DPO",), ("margin",)),
+              ("accuracy, training pairs", ("DPO", "reward model"), ("accuracy",)),
+              ("KL to the reference, nats", policies, ("kl",)),
+              ("length, tokens", policies, ("length",)),
+              ("gold and learnt reward", ("PPO-RM",), ("gold_reward", "learnt_reward")),
+              ("loss, nats a token", ("SFT",), ("loss",)))
+    for axis, (title, stages, keys) in zip(axes.flat, panels):
+        for stage, key in itertools.product(stages, keys):
             steps, values = zip(*[(row["step"], row[key]) for row in histories[stage] if key in row])
-            width = min(width, len(values))
-            axis.plot(steps[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), color=COLOURS[colour], label=label, lw=1.3)
+            width = min(20, 1 + len(values) // 20)
+            axis.plot(steps[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), lw=1.3,
+                      color=COLOURS.get(stage) if len(keys) == 1 else None, label=f"{stage} {key.replace('_', ' ')}")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimiser step", fontsize=8)
         axis.legend(fontsize=8)
     axes[0, 0].axhline(math.log(2), color="grey", lw=0.8, ls=":")
     axes[1, 0].set_yscale("symlog", linthresh=1)
-    figure.suptitle(note, fontsize=9)
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description="Direct Preference Optimization, complete. Without arguments: the demonstration.")
+    parser = argparse.ArgumentParser(description="Direct Preference Optimization. Without arguments: the whole comparison.")
     parser.add_argument("--fast", action="store_true", help="the same story in a quarter of the time, less precise")
     parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures")
     parser.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the results")
     options = parser.parse_args(arguments)
+    scale, note = (FAST, "fast run, less precise") if options.fast else (Scale(), "")
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         if options.sweep:
-            sweep(range(options.seed, options.seed + 3), options.out, FAST if options.fast else Scale(limit_samples=2048))
+            sweep(range(options.seed, options.seed + 3), options.out, replace(scale, limit_samples=2 * scale.limit_samples))
         else:
-            demonstrate(FAST if options.fast else Scale(), options.seed, options.out, "fast run, less precise" if options.fast else "")
-    except FloatingPointError as error:
+            demonstrate(scale, options.seed, options.out, note)
+    except (FloatingPointError, ValueError, OSError) as error:
         print(f"dpo.py: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"dpo.py: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 
