@@ -1292,7 +1292,7 @@ class Scale:
     dpo_steps: int = 1536               # of 96 pairs: one and a half passes
     reward_model_steps: int = 2048      # of 96 pairs
     baseline_steps: int = 256           # of 96 pairs: Preferred-FT, Unlikelihood
-    ppo_rollouts: int = 80              # of 256 completions
+    ppo_rollouts: int = 52              # of 256 completions
     held_out: int = 96                  # prompts of the evaluation
     samples: int = 32                   # completions of each, per method
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
@@ -1655,7 +1655,7 @@ def main(arguments=None) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         if options.sweep:
-            sweep(range(options.seed, options.seed + 3), options.out, replace(scale, limit_samples=2 * scale.limit_samples))
+            sweep(range(options.seed, options.seed + 3), options.out, replace(scale, limit_samples=2 * scale.limit_samples, ppo_rollouts=80))
         else:
             demonstrate(scale, options.seed, options.out, note)
     except (FloatingPointError, ValueError, OSError) as error:
