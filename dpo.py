@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -310,10 +311,13 @@ class GPT(nn.Module):
         tokens (B,T) long, the first at position `start`. Returns (B,T,V), V = vocab_size or n_outputs.
         keep (B,T) bool: return the outputs of these positions only, (keep.sum(), V), row by row. Attention being causal, what
         stands behind a row's last kept position matters to none of them and is left out, pads first of all: of sequences
-        whose lengths differ by half this saves 30% of a training step.
+        between T/2 and T long this saves about 27% of a training step.
         cache (n_layer, 2, B, n_head, T_max, head_size): keys and values so far, extended in place. See `generate`.
         """
         B, T = tokens.shape
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit in a block of {self.config.block_size}")
+        assert cache is None or start == 0 or T == 1, "behind a filled cache, one token at a time"
         positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
         at = None                                                                # no keep: all of (B, T)
         if keep is not None:
@@ -355,7 +359,7 @@ class GPT(nn.Module):
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel" if self.score is None else "GPT2ForSequenceClassification"],
             "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
             "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "activation_function": "gelu_new",
-            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.eos_token_id,
+            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.eos_token_id if self.score is None else None,
             "tie_word_embeddings": True, **({} if self.score is None else {"num_labels": self.score.out_features})})
 
     @classmethod
@@ -788,12 +792,13 @@ def pair_batches(pairs: Pairs, rows, micro_batch: int, device) -> list[dict]:
 # (1) The objective of RLHF [Eq 3]: much reward, little departure from the reference. beta prices the departure.
 #         max_pi  E_{y~pi}[ r(x,y) ] - beta KL( pi(.|x) || pi_ref(.|x) )                     [test_rlhf_objective_optimum]
 #
-# (2) Its exact solution [Eq 4]. Write both terms as one expectation and divide by -beta:
+# (2) Its exact solution [Eq 4]. Write both terms as one expectation and take out the factor -beta:
 #         E_pi[ r - beta log(pi/pi_ref) ]  =  -beta E_pi[ log( pi / (pi_ref e^{r/beta}) ) ].
 #     Let Z(x) = sum_y pi_ref(y|x) e^{r(x,y)/beta}. Then pi*(y|x) = pi_ref(y|x) e^{r(x,y)/beta} / Z(x) is a distribution,
 #     and the objective equals  -beta KL(pi || pi*) + beta log Z(x).  Z does not depend on pi, and a KL is smallest, zero,
 #     where its arguments agree. So pi* is the optimum and beta log Z(x) its value.           [test_closed_form_optimum]
-#     Why not stop here? Z sums over every completion there is: pi* is known, but cannot be sampled from.
+#     Why not stop here? Z sums over every completion there is. Weighting many reference samples measures pi* (section 11),
+#     but that is no policy one can run.
 #
 # (3) Read (2) backwards [Eq 5]: a policy *is* a reward, up to a term that only the prompt knows.
 #         r(x,y) = beta log( pi*(y|x) / pi_ref(y|x) ) + beta log Z(x)                                [test_reward_inverts]
@@ -816,7 +821,7 @@ def pair_batches(pairs: Pairs, rows, micro_batch: int, device) -> list[dict]:
 #                        ranking still is   likelier                unlikelier           [test_loss_gradient_by_hand]
 #
 #     The reference has no gradient: it enters through the weight alone. The weight is near 1 on a pair ranked wrongly,
-#     1/2 at the start, near 0 once the margin r^_w - r^_l is several nats: a pair that is learnt lets go.
+#     1/2 at the start, near 0 once the margin r^_w - r^_l is well above 1: a pair that is learnt lets go.
 #                                                                                           [test_loss_gradient_weight]
 #     Without it, -log pi(y_w) + alpha log pi(y_l) (unlikelihood) pushes log pi(y_l) down for ever, far past any margin the
 #     labels ask for, and since all completions share one network, grammar goes with it: the "Unlikelihood" row of the table.
@@ -850,8 +855,7 @@ def plackett_luce_loss(policy_logps, reference_logps, beta):
     -sum_k log( exp(b_k) / sum_{j>=k} exp(b_j) ),  b = beta log(pi/pi_ref).  Source: arXiv 2305.18290, App A.3.
     """
     rewards = beta * (policy_logps - reference_logps)                        # b (B,K)
-    still_to_rank = rewards.flip(-1).logcumsumexp(-1).flip(-1)               # log sum_{j>=k} exp(b_j)
-    return (still_to_rank - rewards).sum(-1)
+    return sum(rewards[:, k:].logsumexp(-1) - rewards[:, k] for k in range(rewards.shape[1]))
 
 
 def train_preferences(model, reference, pairs: Pairs, training: Training, loss: str = "dpo", beta: float = 0.1, hyper=None,
@@ -920,7 +924,7 @@ def _exo(pc, pr, rc, rr, *, beta, label_smoothing=1e-3, **_):
 
 
 def _chipo(pc, pr, rc, rr, *, beta, r_max=10.0, **_):
-    # -log s( clip_{+-2R}[ beta phi(e^{d_w}) - beta phi(e^{d_l}) ] ),  phi(z) = z + log z          [2407.13399 Eq 9]
+    # -log s( clip_{+-2R}[ beta phi(e^{d_w}) - beta phi(e^{d_l}) ] ),  phi(z) = z + log z          [2407.13399]
     # exp is held at e^40: beyond it the clip has long cut the gradient, and float32 would overflow
     phi = lambda d: d.clamp(max=40).exp() + d
     return -F.logsigmoid((beta * (phi(pc - rc) - phi(pr - rr))).clamp(-2 * r_max, 2 * r_max))
@@ -962,8 +966,23 @@ def _sft(pc, pr=None, rc=None, rr=None, **_):
     return -pc
 
 
-LOSSES = {"dpo": _dpo, "cdpo": _cdpo, "robust": _robust, "ipo": _ipo, "hinge": _hinge, "exo": _exo, "chipo": _chipo, "rpo": _rpo,
-          "minor": _minor, "orpo": _orpo, "simpo": _simpo, "unlikelihood": _unlikelihood, "sft": _sft}
+def by_name(formula):
+    """`formula` under the full names of its arguments; a hyper-parameter that it does not have is a TypeError, not ignored."""
+    name, accepted = formula.__name__[1:], inspect.signature(formula).parameters
+
+    def loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps=None, reference_rejected_logps=None, *, beta=0.1,
+             chosen_lengths=None, rejected_lengths=None, **hyper):
+        if unknown := hyper.keys() - accepted:
+            raise TypeError(f"{name} has no hyper-parameter {', '.join(sorted(unknown))}")
+        if name in ("orpo", "simpo") and (chosen_lengths is None or rejected_lengths is None):
+            raise ValueError(f"{name} needs chosen_lengths and rejected_lengths")
+        return formula(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=beta,
+                       chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **hyper)
+    return loss
+
+
+LOSSES = {formula.__name__[1:]: by_name(formula) for formula in (
+    _dpo, _cdpo, _robust, _ipo, _hinge, _exo, _chipo, _rpo, _minor, _orpo, _simpo, _unlikelihood, _sft)}
 
 
 # ======================================================================================================================
@@ -1007,7 +1026,7 @@ def score_completions(reward_model, prompts: list, completions: list) -> torch.T
 # PPO. The policy's move is the next token, its state the text so far. In numbers:
 #   1. sample completions from the policy at temperature 1: no top-k, or stored and new log-probs would speak of different policies;
 #   2. score them: r(x,y) at the last token; a completion without EOS scores `missing_eos`;
-#   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). Its sum over the completion is objective (1);
+#   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). With the score, the mean of their sum is (1);
 #   4. advantages by GAE, returns = advantages + values, and only then whitened advantages;
 #   5. a few epochs of clipped steps on the batch;
 #   6. with an adaptive KL, adjust beta towards the target.
@@ -1591,7 +1610,7 @@ def draw_frontier(axis, limit: list, methods: dict):
         if row["kl"] > widest:
             axis.plot([], [], " ", label=f"{name}: KL {row['kl']:.0f}, reward {row['reward']:.1f}, off the plot")
             continue
-        axis.errorbar(row["kl"], row["reward"], 1.96 * (row.get("gain_se") or row["reward_se"] or 0), 1.96 * (row["kl_se"] or 0),
+        axis.errorbar(row["kl"], row["reward"], 1.96 * (row.get("gain_se", row["reward_se"]) or 0), 1.96 * (row["kl_se"] or 0),
                       ms=6, fmt="s" if family == "Best-of-N" else "o", capsize=2, color=COLOURS[family], label=family)
         if family == "DPO":
             axis.plot(row["theory_kl"], row["theory_reward"], "*", ms=15, mfc="none", color=COLOURS["DPO"], label="DPO in theory")

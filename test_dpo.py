@@ -2157,3 +2157,23 @@ def test_readme_points_at_the_code():
             assert re.match(rf"\s*(def |class )?{name}\b", lines[int(number) - 1]), f"README: {name} is not at line {number}: {lines[int(number) - 1]}"
     check(links)
     rejects(check, [(name, int(number) + 1) for name, number in links])
+
+
+def test_family_by_keyword_and_without_typos():
+    """LOSSES take the contract's argument names; a misspelt hyper-parameter and missing lengths are errors, not ignored."""
+    logps = dict(policy_chosen_logps=torch.tensor([-3.0]), policy_rejected_logps=torch.tensor([-4.0]),
+                 reference_chosen_logps=torch.tensor([-3.5]), reference_rejected_logps=torch.tensor([-3.0]))
+    for name, loss in dpo.LOSSES.items():
+        lengths = dict(chosen_lengths=torch.tensor([2]), rejected_lengths=torch.tensor([3]))
+        assert torch.equal(loss(**logps, beta=0.5, **lengths), loss(*logps.values(), beta=0.5, **lengths)), name
+        with pytest.raises(TypeError, match="label_smooting"):
+            loss(**logps, beta=0.5, label_smooting=0.1, **lengths)
+    with pytest.raises(ValueError, match="chosen_lengths"):
+        dpo.LOSSES["simpo"](**logps, beta=2.0)
+
+
+def test_too_long_for_the_block_is_said():
+    model = GPT(GPTConfig(11, 8, 1, 1, 4))
+    with pytest.raises(ValueError, match="9 tokens do not fit in a block of 8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+    assert model(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, 11)
