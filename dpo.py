@@ -418,6 +418,12 @@ def pad(prompts: list, completions: list, device="cpu"):
     return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
 
 
+#     tokens      P P a b E .        prompt P, completion a b, EOS E, pad .
+#     mask        0 0 1 1 1 0
+#     predicting  0 1 1 1 0 0        the logits of these positions ...
+#     predicted   0 0 1 1 1 0        ... are scored on these tokens
+
+
 def predicted(mask):
     """(B,T) bool: the response tokens that have a predecessor. The first token of all cannot be predicted."""
     return F.pad(mask[:, 1:].bool(), (1, 0))
@@ -811,6 +817,8 @@ def pair_batches(pairs: Pairs, rows, micro_batch: int, device) -> list[dict]:
 # (5) Maximum likelihood of the labels, with the policy as the only unknown [Eq 7]. Let
 #         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   h = d_w - d_l:
 #         L_DPO = -E[ log s( beta h ) ]                                        [test_loss_is_the_bradley_terry_likelihood]
+#     Why may pi stand for pi*? By (3) every policy is the optimum for the reward beta log(pi/pi_ref), so fitting pi fits a
+#     reward [Theorem 1]; with labels without end the minimum has h = (r_w - r_l)/beta, and that is the pi* of (2).
 #     At the start pi = pi_ref, so h = 0 and the loss is log 2 = 0.6931 whatever the data.   [test_loss_starts_at_log_2]
 #
 # The gradient, by hand. Let z = beta h. Since d/dz log s(z) = 1 - s(z) = s(-z), the chain rule gives
@@ -1024,6 +1032,8 @@ def score_completions(reward_model, prompts: list, completions: list) -> torch.T
 
 
 # PPO. The policy's move is the next token, its state the text so far. In numbers:
+#   A critic V guesses the reward still to come; a token's advantage is how much better things went than V expected; the ratio
+#   pi/pi_old corrects for tokens that an earlier pi has sampled.
 #   1. sample completions from the policy at temperature 1: no top-k, or stored and new log-probs would speak of different policies;
 #   2. score them: r(x,y) at the last token; a completion without EOS scores `missing_eos`;
 #   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). With the score, the mean of their sum is (1);
