@@ -305,7 +305,7 @@ class GPT(nn.Module):
         if self.score is not None:
             nn.init.zeros_(self.score.weight)                                    # a new reward or value head says 0 everywhere
 
-    def forward(self, tokens, keep=None, cache=None, start=0):
+    def forward(self, tokens, keep=None, cache=None, start=0, embeddings=None):
         """Next-token logits (or scores) at every position.
 
         tokens (B,T) long, the first at position `start`. Returns (B,T,V), V = vocab_size or n_outputs.
@@ -313,6 +313,7 @@ class GPT(nn.Module):
         stands behind a row's last kept position matters to none of them and is left out, pads first of all: of sequences
         between T/2 and T long this saves about 27% of a training step.
         cache (n_layer, 2, B, n_head, T_max, head_size): keys and values so far, extended in place. See `generate`.
+        embeddings (B,T,C): what the model reads instead of the tokens' own embeddings. See `ift_loss`.
         """
         B, T = tokens.shape
         if start + T > self.config.block_size:
@@ -324,6 +325,7 @@ class GPT(nn.Module):
             needed = keep.flip(1).cumsum(1).flip(1) > 0                          # (B, T): kept, or left of a kept one
             at = needed.flatten().nonzero().squeeze(1)                           # (N,) where the N needed ones are in B*T
             tokens, positions, keep = tokens.flatten()[at], positions.flatten()[at], keep.flatten()[at]
+            embeddings = None if embeddings is None else embeddings.flatten(0, 1)[at]
         dropout = self.config.dropout if self.training else 0.0
         layers = iter(() if cache is None else cache)
 
@@ -339,7 +341,8 @@ class GPT(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout).transpose(1, 2)
             return y.reshape(B, T, -1) if at is None else y.reshape(B * T, -1)[at]
 
-        x = F.dropout(self.wte(tokens) + self.wpe(positions), dropout, self.training)
+        embeddings = self.wte(tokens) if embeddings is None else embeddings
+        x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
         for block in self.h:
             x = block(x, attend)
         x = self.ln_f(x if keep is None else x[keep])
@@ -464,9 +467,9 @@ def in_batches(function, model, prompts: list, completions: list, batch_size: in
     return values
 
 
-def completion_logps(model, prompts: list, completions: list) -> torch.Tensor:
+def completion_logps(model, prompts: list, completions: list, batch_size: int = 512) -> torch.Tensor:
     """log pi(completion | prompt) of lists of ids, without gradient -> (n,)."""
-    return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions)
+    return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions, min(batch_size, 512))
 
 
 @torch.no_grad()
@@ -484,6 +487,8 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
         raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in a block of {model.config.block_size}")
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("an empty prompt: the first token needs something to follow; pass the EOS id to start a text")
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))           # rows of one batch have similar prompts
     completions = [None] * len(prompts)
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="text", leave=False) as bar:
@@ -544,7 +549,8 @@ def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
         probs, order = logits.softmax(-1).sort(-1, descending=True)
         outside = probs.cumsum(-1) - probs >= top_p             # the mass before this token is p already
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
-    # inverse of the distribution function: one uniform number in (0, 1] a row, where torch.multinomial draws one a token
+    # inverse transform sampling: the first token whose cumulative probability reaches a uniform number in (0, 1]; that is one
+    # random number a row, where torch.multinomial draws one a token
     cumulative = logits.softmax(-1).cumsum(-1)
     threshold = (1 - torch.rand(len(logits), 1, device=logits.device)) * cumulative[:, -1:]
     return (cumulative < threshold).sum(-1)
@@ -662,8 +668,8 @@ def bradley_terry_label(rewards_a, rewards_b, rng: np.random.Generator) -> np.nd
 
 
 def sample_preferences(model, tokenizer, prompts: list[str], reward, max_new_tokens: int, per_prompt: int = 4, seed: int = 0):
-    """Preference pairs as the paper makes them: `per_prompt` completions of each prompt from `model` (the SFT policy), and a
-    Bradley-Terry label by reward(prompt, completion) for each of the per_prompt (per_prompt - 1) / 2 pairs.
+    """Preference pairs as the paper makes them: `per_prompt` completions of each prompt from `model` (the SFT policy), 4 in the
+    paper, and a Bradley-Terry label by reward(prompt, completion) for each of their per_prompt (per_prompt - 1) / 2 pairs.
     Returns the list of Preference, and the pairs' Bayes-optimal accuracy: mean s(|r_w - r_l|), what the true reward scores."""
     rng = np.random.default_rng(seed)
     first, second = np.triu_indices(per_prompt, 1)
@@ -767,6 +773,8 @@ def encode_pairs(tokenizer, preferences: list[Preference], block_size: int) -> P
                 if len(completion) >= block_size:
                     raise ValueError(f"pair {number}: the {side} completion has {len(completion)} tokens, EOS included; "
                                      f"prompt and completion together must fit in {block_size}")
+                if not key[0]:
+                    raise ValueError(f"pair {number}: the prompt is empty, and the first token needs something to follow")
                 rows[key] = len(prompts)
                 prompts.append(np.array(encode(tokenizer, key[0])[-(block_size - len(completion)):], np.int32))
                 completions.append(np.array(completion, np.int32))
@@ -866,14 +874,19 @@ def plackett_luce_loss(policy_logps, reference_logps, beta):
     return sum(rewards[:, k:].logsumexp(-1) - rewards[:, k] for k in range(rewards.shape[1]))
 
 
-def train_preferences(model, reference, pairs: Pairs, training: Training, loss: str = "dpo", beta: float = 0.1, hyper=None,
-                      stage=None, **options):
-    """Train `model` in place by LOSSES[loss] against the frozen `reference`; return the history.
+def right(margins):
+    """1 where a pair is ranked as its label says, 1/2 at a tie, 0 elsewhere."""
+    return (margins.sign() + 1) / 2
 
-    hyper: the loss's own hyper-parameters. The reference never changes, so it is asked once, before the first step.
+
+def train_preferences(model, reference, pairs: Pairs, training: Training, beta: float = 0.1, loss=None, hyper=None, stage="DPO", **options):
+    """Train `model` in place on preferences against the frozen `reference`; return the history.
+
+    loss: a function like those of section 9, with hyper its own settings; None is DPO. The reference never changes, so it is
+    asked once, before the first step.
     """
     device, rows = next(model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
-    reference_logps = completion_logps(reference, pairs.prompts, pairs.completions).to(device)        # (R,)
+    reference_logps = completion_logps(reference, pairs.prompts, pairs.completions, training.micro_batch).to(device)   # (R,)
     lengths = torch.tensor([len(completion) for completion in pairs.completions], device=device)      # (R,)
 
     def preference_loss(model, batch):
@@ -881,15 +894,16 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, loss: 
         logps = sequence_logps(model, batch["tokens"], batch["mask"])
         ref, length = reference_logps[batch["rows"]], lengths[batch["rows"]]
         four = logps[w], logps[l], ref[w], ref[l]
-        losses = LOSSES[loss](*four, beta=beta, chosen_lengths=length[w], rejected_lengths=length[l], **(hyper or {}))
-        _, chosen_rewards, rejected_rewards = dpo_loss(*four, beta)
+        losses, chosen_rewards, rejected_rewards = dpo_loss(*four, beta)
+        if loss:
+            losses = loss(*four, beta=beta, chosen_lengths=length[w], rejected_lengths=length[l], **(hyper or {}))
         margins = chosen_rewards - rejected_rewards
         return losses.sum(), {"chosen_reward": chosen_rewards.sum(), "rejected_reward": rejected_rewards.sum(),
-                              "margin": margins.sum(), "accuracy": (margins > 0).sum()}
+                              "margin": margins.sum(), "accuracy": right(margins).sum()}
 
     def batches(step):
         return pair_batches(pairs, rows(step), training.micro_batch, device)
-    return fit(stage or loss, model, batches, preference_loss, training, **options)
+    return fit(stage, model, batches, preference_loss, training, **options)
 
 
 # ======================================================================================================================
@@ -974,6 +988,30 @@ def _sft(pc, pr=None, rc=None, rr=None, **_):
     return -pc
 
 
+def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
+    """Intuitive fine-tuning: SFT that lets the model read its own guesses and answer for what follows from them.
+
+    tokens, mask (B,T) -> the mean over the batch. It needs no pairs and no reference. lam = gamma = 0 is SFT, per-token mean.
+    Source: arXiv 2405.11870; its equations and its released code disagree, this is the code's meaning:
+    """
+    response, at, embeddings = mask.bool(), predicting(mask), None
+    if lam:
+        with torch.no_grad():
+            guess = F.pad(model(tokens).argmax(-1)[:, :-1], (1, 0))                             # 1. the model's word for each position
+            own, guessed = model.wte(tokens), model.wte(guess)
+            embeddings = torch.where(response[..., None], (1 - lam) * own + lam * guessed, own)  # 2. is mixed into its input
+    logps = -F.cross_entropy(model(tokens, at, embeddings=embeddings).float(), tokens[predicted(mask)], reduction="none")
+    losses = logps.new_zeros(tokens.shape).masked_scatter(predicted(mask), -logps)              # 3. l_t
+    if gamma == 0:
+        return (losses.sum(1) / predicted(mask).sum(1)).mean()
+    to_come, c = torch.zeros_like(losses[:, 0]), []
+    for t in reversed(range(tokens.shape[1])):                                                  # 4. c_t = sum_{i>=t} gamma^{i-t} l_i
+        to_come = losses[:, t] + gamma * to_come
+        c.append(to_come)
+    c = torch.stack(c[::-1], 1) * predicted(mask)                                               # with gradient
+    return ((losses * c).sum(1) / c.sum(1)).mean()                                              # 5. sum l_t c_t / sum c_t
+
+
 def by_name(formula):
     """`formula` under the full names of its arguments; a hyper-parameter that it does not have is a TypeError, not ignored."""
     name, accepted = formula.__name__[1:], inspect.signature(formula).parameters
@@ -1019,7 +1057,7 @@ def train_reward_model(reward_model, pairs: Pairs, training: Training, **options
     def loss(model, batch):
         scores = reward_scores(model, batch["tokens"], batch["mask"])
         margins = scores[batch["chosen"]] - scores[batch["rejected"]]
-        return -F.logsigmoid(margins).sum(), {"accuracy": (margins > 0).sum()}
+        return -F.logsigmoid(margins).sum(), {"accuracy": right(margins).sum()}
 
     def batches(step):
         return pair_batches(pairs, rows(step), training.micro_batch, device)
@@ -1035,7 +1073,7 @@ def score_completions(reward_model, prompts: list, completions: list) -> torch.T
 #   A critic V guesses the reward still to come; a token's advantage is how much better things went than V expected; the ratio
 #   pi/pi_old corrects for tokens that an earlier pi has sampled.
 #   1. sample completions from the policy at temperature 1: no top-k, or stored and new log-probs would speak of different policies;
-#   2. score them: r(x,y) at the last token; a completion without EOS scores `missing_eos`;
+#   2. score them: r(x,y) at the last token; a completion without EOS scores `missing_eos` at most;
 #   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). With the score, the mean of their sum is (1);
 #   4. advantages by GAE, returns = advantages + values, and only then whitened advantages;
 #   5. a few epochs of clipped steps on the batch;
@@ -1044,7 +1082,7 @@ def score_completions(reward_model, prompts: list, completions: list) -> torch.T
 
 @dataclass
 class PPO:
-    """Settings of PPO, after Ziegler et al. and `lm-human-preference-details`."""
+    """Settings of PPO, after Ziegler et al. (arXiv 1909.08593) and `lm-human-preference-details`."""
     beta: float = 0.1                   # weight of the KL, in reward units per nat
     rollout: int = 256                  # completions per update; small batches hurt (2404.10719)
     epochs: int = 4                     # passes over a rollout
@@ -1055,14 +1093,15 @@ class PPO:
     clip: float = 0.2                   # the ratio's range 1 +- clip
     value_clip: float = 0.2
     value_weight: float = 0.1
-    missing_eos: float = -1.0           # score of a completion that did not end
+    missing_eos: float = -1.0           # the most that a completion which did not end can score
     stop_at_eos: bool = True            # False: every completion has max_new_tokens tokens
     target_kl: float | None = None      # None: beta stays fixed; a number of nats: beta adapts until the KL is this
     kl_horizon: int = 10_000            # how fast it adapts, in completions
+    group: int = 0                      # GRPO: completions per prompt of a rollout, judged against one another; no critic
 
     def __post_init__(self):
-        if self.rollout % self.minibatch:
-            raise ValueError(f"rollout {self.rollout} is not a multiple of minibatch {self.minibatch}")
+        if self.rollout % self.minibatch or self.group and self.rollout % self.group:
+            raise ValueError(f"rollout {self.rollout} is not a multiple of minibatch {self.minibatch} and group {self.group}")
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -1071,14 +1110,21 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; behind the last token both are 0.
     Source: arXiv 1506.02438.
     """
-    mask = mask.to(values.dtype)
-    rewards, values = rewards * mask, values * mask
+    rewards, values = (x.masked_fill(~mask.bool(), 0) for x in (rewards, values))
     advantages, A, next_value = torch.zeros_like(values), 0.0, 0.0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        A = (delta + gamma * lam * A) * mask[:, t]
+        A = torch.where(mask[:, t].bool(), delta + gamma * lam * A, 0)
         advantages[:, t], next_value = A, values[:, t]
     return advantages, advantages + values
+
+
+def group_advantages(rewards, mask, group: int):
+    """GRPO: how much better a completion did than the others of its prompt, in their standard deviations; each of its tokens
+    gets that number. rewards, mask (B,T), rows of one prompt together -> (B,T). Source: arXiv 2402.03300, but the KL stays in
+    the reward, as in PPO, so that beta keeps its meaning."""
+    total = (rewards * mask).sum(1).view(-1, group)
+    return ((total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)).view(-1, 1) * mask
 
 
 def whiten(x, mask):
@@ -1088,10 +1134,10 @@ def whiten(x, mask):
 
 
 def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
-    """PPO's two losses per token, all (B,T), 0 where mask is 0. Source: arXiv 1707.06347, Eq 7.
+    """PPO's two losses per token, and the ratio; all (B,T), losses 0 where mask is 0.
 
     policy: -min( ratio A, clip(ratio, 1-clip, 1+clip) A ), ratio = pi/pi_old. Once the ratio has moved past the clip in the
-    direction that A asks for, the gradient of that token is exactly zero.
+    direction that A asks for, the gradient of that token is exactly zero. Source: arXiv 1707.06347, Eq 7.
     value: 1/2 max( (V - R)^2, (clip(V, V_old +- value_clip) - R)^2 ).
     """
     ratio = (logps - old_logps).exp()
@@ -1123,19 +1169,24 @@ def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: floa
     device = next(policy.parameters()).device
     prompts = [prompt[ppo.max_new_tokens - policy.config.block_size:] for prompt in prompts]                      # what generate reads
     completions = generate(policy, prompts, ppo.max_new_tokens, stop_at_eos=ppo.stop_at_eos)                      # 1
-    scores = reward(prompts, completions).to(device)                                                              # 2
+    scores = torch.as_tensor(reward(prompts, completions), dtype=torch.float32, device=device)                    # 2
     ended = torch.tensor([c[-1] == policy.config.eos_token_id or not ppo.stop_at_eos for c in completions], device=device)
-    scores = torch.where(ended, scores, ppo.missing_eos)
+    scores = torch.where(ended, scores, scores.clamp(max=ppo.missing_eos))
     tokens, mask = pad(prompts, completions, device)
     logps, ref = token_logps(policy, tokens, mask), token_logps(reference, tokens, mask)
-    values = token_values(critic, tokens, mask)
     rewards = -beta * (logps - ref)                                                                               # 3
     rewards[last_response_token(mask)] += scores
-    advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)                                          # 4
+    if ppo.group:
+        values = returns = torch.zeros_like(rewards)
+        advantages = group_advantages(rewards, mask, ppo.group)                                                   # 4, GRPO
+    else:
+        values = token_values(critic, tokens, mask)
+        advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)                                      # 4
+        advantages = whiten(advantages, mask)
     statistics = {"reward": scores.mean().item(), "kl": (logps - ref).sum(1).mean().item(), "beta": beta,
                   "length": mask.sum(1).float().mean().item()}
     return {"tokens": tokens, "mask": mask, "old_logps": logps, "old_values": values, "returns": returns,
-            "advantages": whiten(advantages, mask)}, statistics, completions
+            "advantages": advantages}, statistics, completions
 
 
 def token_values(critic, tokens, mask):
@@ -1145,7 +1196,7 @@ def token_values(critic, tokens, mask):
 
 
 def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, training: Training, stage="PPO", watch=None, **options):
-    """Train `policy` and `critic` (a GPT with one output) in place on objective (1); return the history.
+    """Train `policy` and `critic` (a GPT with one output; None for GRPO) in place on objective (1); return the history.
 
     prompts: lists of ids, drawn anew for each rollout. reward(prompts, completions) -> (n,), any function of the ids.
     training.steps counts optimiser steps: each rollout serves epochs * rollout / minibatch of them.
@@ -1156,7 +1207,8 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
 
     def batches(step):
         if step % per_rollout == 0:
-            chosen = [prompts[i] for i in rng.integers(len(prompts), size=ppo.rollout)]
+            chosen = rng.integers(len(prompts), size=ppo.rollout // (ppo.group or 1)).repeat(ppo.group or 1)
+            chosen = [prompts[i] for i in chosen]
             state["data"], state["statistics"], completions = ppo_rollout(
                 policy, critic, reference, chosen, reward, ppo, state["beta"])
             if watch:
@@ -1171,14 +1223,15 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
 
     def loss(models, batch):                                                                                      # 5
         logps = token_logps(models["policy"], batch["tokens"], batch["mask"])
-        values = token_values(models["critic"], batch["tokens"], batch["mask"])
+        values = token_values(models["critic"], batch["tokens"], batch["mask"]) if critic else batch["old_values"]
         policy_loss, value_loss, ratio = ppo_losses(logps, batch["old_logps"], batch["advantages"], values, batch["old_values"],
                                                     batch["returns"], batch["mask"], ppo.clip, ppo.value_clip)
         total = (policy_loss + ppo.value_weight * value_loss).sum()
         moved = ((ratio - 1).abs() * batch["mask"]).sum()
         return total, {"policy_loss": policy_loss.sum(), "value_loss": value_loss.sum(), "ratio_moved": moved,
                        **{name: value * batch["count"] for name, value in state["statistics"].items()}}
-    return fit(stage, nn.ModuleDict({"policy": policy, "critic": critic}), batches, loss, training, **options)
+    models = nn.ModuleDict({"policy": policy, **({"critic": critic} if critic else {})})
+    return fit(stage, models, batches, loss, training, **options)
 
 
 # ======================================================================================================================
@@ -1317,17 +1370,19 @@ VOCAB_SIZE, BLOCK_SIZE, MAX_NEW_TOKENS, BETA = 576, 96, 56, 2.0
 class Scale:
     """How large the demonstration is: precision against seconds."""
     sft_steps: int = 2400               # of 32 reviews
-    prompts: int = 16384                # with 4 completions, so 6 pairs, each: 98,304 pairs
-    dpo_steps: int = 1536               # of 96 pairs: one and a half passes
-    reward_model_steps: int = 2048      # of 96 pairs
-    baseline_steps: int = 256           # of 96 pairs: Preferred-FT, Unlikelihood
-    ppo_rollouts: int = 52              # of 256 completions
+    prompts: int = 8192
+    per_prompt: int = 8                 # completions of each, so 28 pairs: 229,376 pairs
+    prompts_a_step: int = 8             # of preference training, with all their pairs
+    dpo_steps: int = 1536               # one and a half passes
+    reward_model_steps: int = 1024
+    baseline_steps: int = 256           # Preferred-FT, Unlikelihood
+    ppo_rollouts: int = 80              # of 256 completions
     held_out: int = 96                  # prompts of the evaluation
     samples: int = 32                   # completions of each, per method
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
 
 
-FAST = Scale(sft_steps=700, prompts=2048, dpo_steps=192, reward_model_steps=192, baseline_steps=64, ppo_rollouts=10,
+FAST = Scale(sft_steps=700, prompts=1024, dpo_steps=192, reward_model_steps=192, baseline_steps=64, ppo_rollouts=10,
              held_out=48, samples=16, limit_samples=256)
 
 
@@ -1345,6 +1400,7 @@ class World:
     frontier: Frontier
     histories: dict                     # stage -> what `fit` returned
     seconds: dict                       # stage -> seconds
+    checks: dict                        # name -> number, for the summary
 
 
 def make_world(scale: Scale, seed: int) -> World:
@@ -1363,7 +1419,7 @@ def make_world(scale: Scale, seed: int) -> World:
     history = train_sft(reference, texts, Training(scale.sft_steps, 7e-3, batch_size=32, seed=seed))
     lap("SFT")
     prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
-    preferences, _ = sample_preferences(reference, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, seed=seed)
+    preferences, _ = sample_preferences(reference, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, scale.per_prompt, seed)
     pairs = encode_pairs(tokenizer, preferences, BLOCK_SIZE)
     lap("preferences")
     held_out = sample_prompts(seed + 2000, scale.held_out, held_out=True)
@@ -1371,7 +1427,7 @@ def make_world(scale: Scale, seed: int) -> World:
     truth = judge(tokenizer, held_out, generate(reference, ids, MAX_NEW_TOKENS, progress="analytic limit"))
     lap("analytic limit")
     return World(scale, seed, tokenizer, reference, [encode(tokenizer, prompt) for prompt in prompts], pairs, held_out, truth,
-                 build_frontier(truth["reward"]), {"SFT": history}, seconds)
+                 build_frontier(truth["reward"]), {"SFT": history}, seconds, {})
 
 
 def with_scalar_head(model: GPT) -> GPT:
@@ -1381,11 +1437,17 @@ def with_scalar_head(model: GPT) -> GPT:
     return copied
 
 
+def preference_training(world: World, steps: int, learning_rate: float) -> Training:
+    """Whole prompts a step, with all their pairs, so that each completion passes the model once."""
+    per_prompt = math.comb(world.scale.per_prompt, 2)
+    return Training(steps, learning_rate, batch_size=world.scale.prompts_a_step * per_prompt, seed=world.seed)
+
+
 def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None, n_pairs=None, **hyper) -> GPT:
     """A copy of the SFT policy trained on the world's preferences, or on the first n_pairs of them."""
     policy, pairs = copy.deepcopy(world.reference), world.pairs
     pairs = replace(pairs, **{name: getattr(pairs, name)[:n_pairs] for name in ("chosen", "rejected", "prompt_index")})
-    training = Training(steps or world.scale.dpo_steps, 1e-3, batch_size=96, seed=world.seed)
+    training = preference_training(world, steps or world.scale.dpo_steps, 1e-3)
 
     def look(logs):                                                              # eight times: KL and length of 256 samples
         if logs["step"] % max(1, training.steps // 8) == 0:
@@ -1393,62 +1455,17 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
             completions = generate(policy, prompts, MAX_NEW_TOKENS)
             kl = completion_logps(policy, prompts, completions) - completion_logps(world.reference, prompts, completions)
             logs.update(kl=kl.mean().item(), length=float(np.mean([len(completion) for completion in completions])))
-    world.histories[stage] = train_preferences(policy, world.reference, pairs, training, loss, beta, hyper, stage, on_step=look)
+    world.histories[stage] = train_preferences(policy, world.reference, pairs, training, beta, LOSSES[loss], hyper, stage, on_step=look)
     return policy
 
 
 def run_reward_model(world: World) -> GPT:
-    """A reward model fitted to the world's preferences, from the SFT policy's body."""
+    """A reward model fitted to the world's preferences, from the SFT policy's body. Its accuracy goes to world.checks."""
     reward_model = with_scalar_head(world.reference)
-    training = Training(world.scale.reward_model_steps, 2e-3, batch_size=96, seed=world.seed)
+    training = preference_training(world, world.scale.reward_model_steps, 2e-3)
     world.histories["reward model"] = train_reward_model(reward_model, world.pairs, training)
+    world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"] = reward_model_accuracy(reward_model, world)
     return reward_model
-
-
-def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA) -> GPT:
-    """A copy of the SFT policy trained by PPO on the reward model or, without one, on the gold reward (ground truth).
-
-    Rewards are normalised to mean 0 and standard deviation 1 on reference samples, and beta is divided by the same number:
-    so beta means here what it means in DPO.
-    """
-    def gold(prompts, completions):
-        return torch.tensor([gold_reward(*(decode(world.tokenizer, ids) for ids in text)) for text in zip(prompts, completions)])
-
-    def raw(prompts, completions):
-        return gold(prompts, completions) if reward_model is None else score_completions(reward_model, prompts, completions)
-
-    def watch(prompts, completions):
-        return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
-    sample = raw(*([ids.tolist() for ids in rows[:4096]] for rows in (world.pairs.prompts, world.pairs.completions)))
-    mean, std = sample.mean(), sample.std()
-    ppo = PPO(beta=beta / std.item(), max_new_tokens=MAX_NEW_TOKENS)
-    training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, seed=world.seed)
-    policy = copy.deepcopy(world.reference)
-    world.histories[stage] = train_ppo(policy, with_scalar_head(policy), world.reference, world.prompts,
-                                       lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch)
-    return policy
-
-
-def run_best_of_n(world: World, n: int) -> dict:
-    """Best-of-N's row, from the samples of the limit: nothing is trained."""
-    reward, kl = best_of_n(world.truth["reward"], n)
-    groups = {name: values[:, :values.shape[1] // n * n].reshape(len(values), -1, n) for name, values in world.truth.items()}
-    best = groups["reward"].argmax(-1)[..., None]                                # (P, K/n, 1)
-    judged = {name: np.take_along_axis(values, best, -1)[..., 0] for name, values in groups.items()}
-    return summarise(world.frontier, kl, {**judged, "reward": reward[:, None]}, seconds=0.0)
-
-
-def measure(world: World, name: str, run, progress="evaluation", **options) -> tuple[GPT, dict]:
-    """Train by run(world, name, **options) and evaluate on the held-out prompts -> policy, row."""
-    torch.manual_seed(world.seed)                                                # a row does not depend on what ran before it
-    started = time.time()
-    policy = run(world, name, **options)
-    seconds = time.time() - started
-    row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, world.scale.samples, MAX_NEW_TOKENS,
-                   progress)
-    theory_kl, theory_reward = world.frontier.at_beta(options.get("beta", BETA))
-    return policy, {**row, "seconds": seconds, "theory_kl": theory_kl, "theory_reward": theory_reward,
-                    "kl_over_theory": row["kl"] / theory_kl}
 
 
 def reward_model_accuracy(reward_model, world: World, n: int = 2048):
@@ -1467,27 +1484,109 @@ def reward_model_accuracy(reward_model, world: World, n: int = 2048):
     return float(np.where(np.sign(gold) == np.sign(score), bayes, 1 - bayes).mean()), float(bayes.mean())
 
 
+def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settings) -> GPT:
+    """A copy of the SFT policy trained by PPO on the reward model or, without one, on the gold reward (ground truth).
+    settings: of `PPO`; group=8 makes it GRPO.
+
+    Rewards are normalised to mean 0 and standard deviation 1 on reference samples, and beta is divided by the same number:
+    so beta means here what it means in DPO.
+    """
+    def gold(prompts, completions):
+        return torch.tensor([gold_reward(*(decode(world.tokenizer, ids) for ids in text)) for text in zip(prompts, completions)])
+
+    def raw(prompts, completions):
+        return gold(prompts, completions) if reward_model is None else score_completions(reward_model, prompts, completions)
+
+    def watch(prompts, completions):
+        return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
+    sample = raw(*([ids.tolist() for ids in rows[:4096]] for rows in (world.pairs.prompts, world.pairs.completions)))
+    mean, std = sample.mean(), sample.std()
+    ppo = PPO(beta=beta / std.item(), max_new_tokens=MAX_NEW_TOKENS, **settings)
+    training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, seed=world.seed)
+    policy = copy.deepcopy(world.reference)
+    world.histories[stage] = train_ppo(policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
+                                       lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch)
+    return policy
+
+
+def run_rlhf(world: World, stage="PPO-RM", **options) -> GPT:
+    """The pipeline that DPO replaces: a reward model, then PPO on it."""
+    return run_ppo(world, stage, run_reward_model(world), **options)
+
+
+def run_best_of_n(world: World, n: int) -> dict:
+    """Best-of-N's row, from the samples of the limit: nothing is trained."""
+    reward, kl = best_of_n(world.truth["reward"], n)
+    groups = {name: values[:, :values.shape[1] // n * n].reshape(len(values), -1, n) for name, values in world.truth.items()}
+    best = groups["reward"].argmax(-1)[..., None]                                # (P, K/n, 1)
+    judged = {name: np.take_along_axis(values, best, -1)[..., 0] for name, values in groups.items()}
+    return summarise(world.frontier, kl, {**judged, "reward": reward[:, None]}, seconds=0.0)
+
+
+def measure(world: World, name: str, run, **options) -> tuple[GPT, dict]:
+    """Train by run(world, name, **options) and evaluate on the held-out prompts -> policy, row."""
+    torch.manual_seed(world.seed)                                                # a row does not depend on what ran before it
+    started = time.time()
+    policy = run(world, name, **options)
+    seconds = time.time() - started
+    row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, world.scale.samples, MAX_NEW_TOKENS, name)
+    theory_kl, theory_reward = world.frontier.at_beta(options.get("beta", BETA))
+    return policy, {**row, "seconds": seconds, "theory_kl": theory_kl, "theory_reward": theory_reward,
+                    "kl_over_theory": row["kl"] / theory_kl}
+
+
+def measure_all(world: World, jobs: list) -> tuple[dict, dict]:
+    """`measure` for each (name, run, options) -> rows and example completions by name; histories and checks go to `world`.
+
+    On a CPU two processes share the jobs: such a small model leaves a second thread half idle, so two processes of one thread
+    do 1.4 times the work of one process of two.
+    """
+    if next(world.reference.parameters()).device.type == "cpu":
+        with multiprocessing.get_context("spawn").Pool(2, start_worker, (world, max(1, torch.get_num_threads() // 2))) as pool:
+            results = pool.map(work, jobs, chunksize=1)
+    else:
+        start_worker(world)
+        results = list(map(work, jobs))
+    for _, _, _, histories, checks in results:
+        world.histories.update(histories), world.checks.update(checks)
+    return {name: row for name, row, *_ in results}, {name: texts for name, _, texts, *_ in results}
+
+
+def start_worker(world: World, threads=None):
+    work.world = world
+    if threads:
+        torch.set_num_threads(threads)
+        line = multiprocessing.current_process()._identity[0] - 1
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=line)    # each process draws its bars on its own line
+
+
+def work(job):
+    name, run, options = job
+    policy, row = measure(work.world, name, run, **options)
+    return name, row, examples(policy, work.world), work.world.histories, work.world.checks
+
+
+def examples(policy, world: World, n: int = 3) -> list[str]:
+    """One completion of each of the first n held-out prompts, with its gold reward."""
+    torch.manual_seed(world.seed)
+    prompts = [prompt for prompt, _ in world.held_out[:n]]
+    texts = [decode(world.tokenizer, ids) for ids in generate(policy, [encode(world.tokenizer, p) for p in prompts], MAX_NEW_TOKENS)]
+    return [f"{gold_reward(prompt, text):+6.2f} ...{text}" for prompt, text in zip(prompts, texts)]
+
+
 def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
     """Every method of the paper's first experiment, trained and measured; writes summary.json and two figures to `out`."""
     started, world = time.time(), make_world(scale, seed)
-    policies = {"SFT": world.reference}
+    few = scale.baseline_steps
+    rows, texts = measure_all(world, [                                           # the longest first
+        ("PPO-RM", run_rlhf, {}), ("PPO-GT", run_ppo, {}), ("DPO", run_preferences, {}),
+        ("Preferred-FT", run_preferences, {"loss": "sft", "steps": few}),
+        ("Unlikelihood", run_preferences, {"loss": "unlikelihood", "steps": few, "alpha": 1.0})])
     methods = {"SFT": summarise(world.frontier, np.zeros(scale.held_out), world.truth, seconds=world.seconds["SFT"])}
     methods |= {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
-    lap = time.time()
-    reward_model = run_reward_model(world)
-    world.seconds["reward model"] = time.time() - lap
-    few = scale.baseline_steps
-    for name, run, options in (("Preferred-FT", run_preferences, {"loss": "sft", "steps": few}),
-                               ("Unlikelihood", run_preferences, {"loss": "unlikelihood", "steps": few, "alpha": 1.0}),
-                               ("PPO-RM", run_ppo, {"reward_model": reward_model}), ("PPO-GT", run_ppo, {}),
-                               ("DPO", run_preferences, {})):
-        policies[name], methods[name] = measure(world, name, run, **options)
-    methods["PPO-RM"]["seconds"] += world.seconds["reward model"]
-
-    accuracy, bayes = reward_model_accuracy(reward_model, world)
+    methods |= {name: rows[name] for name in ("Preferred-FT", "Unlikelihood", "PPO-RM", "PPO-GT", "DPO")}
     kl, reward = world.frontier.at_beta(BETA)
-    checks = {"theory_kl": kl, "theory_reward": reward, "frontier_error_at_3_nats": frontier_error(world.frontier, 3.0),
-              "reward_model_accuracy": accuracy, "bayes_accuracy": bayes,
+    checks = {"theory_kl": kl, "theory_reward": reward, "frontier_error_at_3_nats": frontier_error(world.frontier, 3.0), **world.checks,
               "dpo_first_loss_minus_log_2": world.histories["DPO"][0]["loss"] - math.log(2),
               "ppo_first_ratio_minus_1": world.histories["PPO-GT"][0]["ratio_moved"]}
     limit = limit_points(world.frontier)
@@ -1495,7 +1594,9 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
     draw_frontier(axes[0, 0], limit, methods)
     figure.savefig(out / "frontier.png")
     plot_training(world.histories, out / "training.png", note)
-    print_examples(policies, world)
+    texts["SFT"] = examples(world.reference, world)
+    for i, (prompt, _) in enumerate(world.held_out[:len(texts["SFT"])]):
+        print(f"\n{prompt} ...", *(f"  {name:7s}{texts[name][i]}" for name in ("SFT", "PPO-RM", "DPO")), sep="\n")
     print_table(methods)
     seconds = time.time() - started
     parameters = sum(parameter.numel() for parameter in world.reference.parameters())
@@ -1505,7 +1606,7 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
     print(f"""
 Theory puts DPO and RLHF at KL {kl:.2f}, reward {reward:.2f} for beta {BETA:g}.
 The limit itself is good to {checks["frontier_error_at_3_nats"]:.1%} at 3 nats.
-Reward model: {accuracy:.1%} of held-out pairs right; the true reward gets {bayes:.1%}.
+Reward model: {checks["reward_model_accuracy"]:.1%} of held-out pairs right; the true reward gets {checks["bayes_accuracy"]:.1%}.
 DPO's first loss - log 2: {checks["dpo_first_loss_minus_log_2"]:.0e}.
 PPO's first |ratio - 1|: {checks["ppo_first_ratio_minus_1"]:.0e}.
 Figures and numbers: {out}/frontier.png, training.png, summary.json. {seconds:.0f} s. {note}""")
@@ -1514,20 +1615,16 @@ Figures and numbers: {out}/frontier.png, training.png, summary.json. {seconds:.0
 def sweep(seeds, out: Path, scale: Scale):
     """Several betas for DPO and PPO, and DPO on fewer pairs, everything redone for each seed; writes sweep.json and sweep.png."""
     started, methods, frontiers, accuracies = time.time(), {}, [], []
-    os.environ["TQDM_DISABLE"] = "1"                                     # for the processes started below: one bar will do
-    for seed in seeds:
+    for seed in tqdm(seeds, desc="sweep", unit="seed"):
         world = make_world(scale, seed)
         reward_model = run_reward_model(world)
-        accuracies.append(reward_model_accuracy(reward_model, world))
+        accuracies.append((world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"]))
         frontiers.append(world.frontier)
         jobs = [(f"DPO beta={beta:g}", run_preferences, {"beta": beta}) for beta in (4, 2, 1.4, 1.1)]
         jobs += [(f"DPO beta={BETA:g} pairs={n}", run_preferences, {"n_pairs": n}) for n in (1024, 8192, 32768)]
         jobs += [(f"PPO-GT beta={beta:g}", run_ppo, {"beta": beta}) for beta in (4, 2, 1.2)]
         jobs += [(f"PPO-RM beta={beta:g}", run_ppo, {"beta": beta, "reward_model": reward_model}) for beta in (4, 2, 1.2)]
-        # on two cores, two processes of one thread each finish 1.4 times as much as one of two threads
-        with multiprocessing.get_context("spawn").Pool(2, start_worker, (world,)) as pool:
-            rows = dict(tqdm(pool.imap(work, jobs), total=len(jobs), desc=f"sweep, seed {seed}"))
-        rows |= {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
+        rows = measure_all(world, jobs)[0] | {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
         methods |= {f"{name} seed={seed}": row for name, row in rows.items()}
         widest = max(row["kl"] for name, row in methods.items() if "pairs" not in name)
         errors = {f"{kl:.2f}": [frontier_error(frontier, kl) for frontier in frontiers] for kl in (1, 3, widest)}
@@ -1540,16 +1637,6 @@ def sweep(seeds, out: Path, scale: Scale):
     print("Accuracy of reward model / Bayes-optimal, by seed:", *(f"{model:.3f} / {bayes:.3f}" for model, bayes in accuracies),
           "\nRelative error of the limit, by KL:", *(f"{kl} nats {np.mean(error):.2%}" for kl, error in errors.items()),
           f"\nFigure and numbers: {out}/sweep.png, sweep.json. {results['seconds']:.0f} s.")
-
-
-def start_worker(world: World):
-    torch.set_num_threads(1)
-    work.world = world
-
-
-def work(job):
-    name, run, options = job
-    return name, measure(work.world, name, run, progress=None, **options)[1]
 
 
 def over_seeds(methods: dict) -> dict:
@@ -1582,16 +1669,6 @@ def print_table(methods: dict):
     print(f"\n{'':23s}" + "".join(f"{title:>15s}" for title in columns))
     for name, row in methods.items():
         print(f"{name:23s}" + "".join(f"{cell(row, *column):>15s}" for column in columns.values()))
-
-
-def print_examples(policies: dict, world: World, n: int = 3):
-    """Completions of the same held-out prompts before and after training, with their gold rewards."""
-    for prompt, _ in world.held_out[:n]:
-        print(f"\n{prompt} ...")
-        for name in ("SFT", "PPO-RM", "DPO"):
-            torch.manual_seed(world.seed)
-            text = decode(world.tokenizer, generate(policies[name], [encode(world.tokenizer, prompt)], MAX_NEW_TOKENS)[0])
-            print(f"  {name:7s}{gold_reward(prompt, text):+6.2f} ...{text}")
 
 
 COLOURS = {"SFT": "#000000", "Preferred-FT": "#E69F00", "Unlikelihood": "#CC79A7", "PPO-RM": "#56B4E9", "PPO-GT": "#0072B2",
@@ -1636,7 +1713,7 @@ def plot_sweep(results: dict, path: Path):
     figure, axes = new_figure(1, 2, (12, 4.6))
     draw_frontier(axes[0, 0], results["frontier"], {name: row for name, row in results["means"].items() if "pairs" not in name})
     rows = {int(name.split("pairs=")[1]): row for name, row in results["means"].items() if "pairs=" in name}
-    rows[6 * results["config"]["prompts"]] = results["means"][f"DPO beta={BETA:g}"]
+    rows[math.comb(results["config"]["per_prompt"], 2) * results["config"]["prompts"]] = results["means"][f"DPO beta={BETA:g}"]
     for key, label, colour in (("kl_over_theory", "DPO's KL / the KL theory predicts", COLOURS["DPO"]),
                                ("efficiency", "DPO's efficiency", COLOURS["PPO-GT"])):
         axes[0, 1].errorbar(list(rows), [row.get(key, math.nan) for row in rows.values()],
@@ -1684,7 +1761,7 @@ def main(arguments=None) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         if options.sweep:
-            finer = replace(scale, limit_samples=2 * scale.limit_samples, ppo_rollouts=80)
+            finer = replace(scale, limit_samples=2 * scale.limit_samples)
             sweep(range(options.seed, options.seed + 3), options.out, finer)
         else:
             demonstrate(scale, options.seed, options.out, note)

@@ -970,6 +970,9 @@ def test_generate_cuts_long_prompts_on_the_left_and_refuses_the_impossible():
         generate(model, [[1]], 24)
     with pytest.raises(ValueError, match="empty prompt"):
         generate(model, [[1], []], 4)
+    for impossible in ({"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}):
+        with pytest.raises(ValueError, match="out of range"):
+            generate(model, [[1]], **{"max_new_tokens": 4, **impossible})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -1038,6 +1041,50 @@ def test_learning_rate_by_hand():
     history = dpo.fit("test", torch.nn.Linear(1, 1), lambda step: [{"count": 1}], lambda model, batch: (model.weight.sum(), {}),
                       Training(steps=10, learning_rate=8.0, warmup=0.2), quiet=True)
     close(column(history, "learning_rate"), float64(4, 8, 8, 7, 6, 5, 4, 3, 2, 1))
+
+
+def test_a_tie_is_half_right():
+    """Margins 1, 0, -2 are right, undecided and wrong: 1, 1/2, 0. Before the first step every pair is a tie."""
+    close(dpo.right(float64(1, 0, -2)), float64(1, 0.5, 0))
+    assert column(train_dpo(tiny_gpt(), tiny_gpt()), "accuracy")[0] == 0.5
+
+
+def test_any_function_serves_as_a_loss():
+    """The trainer takes a loss of the contract's form; DPO by that door and by default give the same numbers. Rejected: another beta."""
+    def losses(loss, beta=0.1):
+        training = Training(steps=4, learning_rate=1e-2, batch_size=4)
+        return column(dpo.train_preferences(tiny_gpt(), tiny_gpt(), tiny_pairs(), training, beta, loss, quiet=True), "loss").tolist()
+    assert losses(dpo.LOSSES["dpo"]) == losses(None) == losses(lambda pc, pr, rc, rr, **_: dpo.dpo_loss(pc, pr, rc, rr, 0.1)[0])
+    assert losses(dpo.LOSSES["dpo"], 0.2) != losses(None)
+
+
+def test_ift_loss():
+    """IFT on one prompt token and the response y = (3, 1, EOS): l_t = -log p(y_t) on inputs mixed with the model's own guesses,
+    c_t = l_t + gamma c_{t+1}, L = sum l_t c_t / sum c_t; here by a plain loop over positions. lam = gamma = 0 is SFT's mean loss
+    per token, gradient included. Rejected: c_t detached, a guess that is not shifted, and other lam and gamma."""
+    model, tokens, mask = tiny_gpt(seed=4).double(), torch.tensor([[5, 3, 1, 10]]), torch.tensor([[0, 1, 1, 1]])
+    gradient = lambda loss: torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for p in model.parameters()])])
+
+    def by_hand(lam, gamma, shift=1, detach=False):
+        guess = model(tokens).argmax(-1)[0].tolist()
+        table = model.wte.weight.detach()
+        inputs = torch.stack([table[5]] + [(1 - lam) * table[tokens[0, t]] + lam * table[guess[t - shift]] for t in (1, 2, 3)])
+        logits = model(tokens, embeddings=inputs[None])[0]
+        l = [-logits[t].log_softmax(-1)[tokens[0, t + 1]] for t in range(3)]
+        c = [l[0] + gamma * l[1] + gamma ** 2 * l[2], l[1] + gamma * l[2], l[2]]
+        c = [x.detach() for x in c] if detach else c
+        return sum(a * b for a, b in zip(l, c)) / sum(c)
+
+    def check(expected):
+        close(dpo.ift_loss(model, tokens, mask, 0.2, 0.9), expected, "IFT's loss", 1e-6)                # it computes in float32
+        close(gradient(dpo.ift_loss(model, tokens, mask, 0.2, 0.9)), gradient(expected), "and its gradient", 1e-5)
+    check(by_hand(0.2, 0.9))
+    rejects(check, by_hand(0.2, 0.9, shift=0), by_hand(0.2, 0.9, detach=True), by_hand(0.4, 0.9), by_hand(0.2, 0.5))
+    sft = -sequence_logps(model, tokens, mask)[0] / 3
+    close(dpo.ift_loss(model, tokens, mask, 0, 0), sft, tolerance=1e-6)
+    close(gradient(dpo.ift_loss(model, tokens, mask, 0, 0)), gradient(sft), tolerance=1e-6)
+    two, both = tokens.repeat(2, 1), torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]])                         # each sequence counts once
+    close(dpo.ift_loss(model, two, both), (dpo.ift_loss(model, tokens, mask) + dpo.ift_loss(model, two[1:], both[1:])) / 2, tolerance=1e-6)
 
 
 def test_each_epoch_is_a_permutation():
@@ -1359,6 +1406,33 @@ def test_ppo_cuts_long_prompts():
     assert rollout(list(range(10)) * 4) == rollout((list(range(10)) * 4)[-18:]) != rollout((list(range(10)) * 4)[:18])
 
 
+def test_group_advantages_by_hand():
+    """Rewards 1, 3 of one prompt and 0, 0 of another: means 2 and 0, standard deviations sqrt(2) and 0; so -+1/sqrt(2) on every
+    token of the first, 0 on the second. Rewards of prompt and pad positions (99) do not count. Rejected: one group of four."""
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 0]])
+    rewards = float64(99, 0.5, 0.5, 99, 99, 3, 99, 99, 99, 1, -1, 0, 99, 99, 0, 99).view(4, 4)
+
+    def check(group):
+        close(dpo.group_advantages(rewards, mask, group), float64(-1, 1, 0, 0)[:, None] / math.sqrt(2) * mask, tolerance=1e-4)
+    check(2)
+    rejects(check, 4)
+
+
+def test_an_unended_completion_gains_nothing_by_its_reward():
+    """A completion without EOS scores -1 at most; one that is worth less keeps what it is worth. Rejected: -1 for all."""
+    policy, critic = tiny_gpt(seed=2), tiny_gpt(n_outputs=1)
+
+    def scores(worth):
+        torch.manual_seed(0)
+        rollout = dpo.ppo_rollout(policy, critic, policy, [[1]] * 64, lambda p, c: [worth] * 64, dpo.PPO(max_new_tokens=2, lam=1.0), 0.0)
+        data, _, completions = rollout
+        unended = torch.tensor([completion[-1] != 10 for completion in completions])
+        assert unended.any()
+        return data["returns"][unended].unique().tolist()
+    assert sorted(scores(5.0)) == [-1.0, 0.0]
+    assert sorted(scores(-4.0)) == [-4.0, 0.0]
+
+
 # A world small enough for the exact optimum of (2), large enough for the real trainers: one prompt, three words and EOS, at most
 # two tokens, so 13 completions. Completions that do not end are worth -1.
 
@@ -1376,18 +1450,24 @@ def tiny_dpo(policy, reference, beta):
     dpo.train_preferences(policy, reference, pairs, Training(120, 1e-2, 1024), beta=beta, quiet=True)
 
 
-def tiny_ppo(policy, reference, beta):
+def tiny_ppo(policy, reference, beta, group=0):
     """PPO on the true reward."""
     torch.manual_seed(0)
     index = {tuple(completion): i for i, completion in enumerate(TINY_COMPLETIONS)}
     reward = lambda prompts, completions: TINY_REWARD[[index[tuple(c)] for c in completions]]
-    settings = dpo.PPO(beta=beta, rollout=512, minibatch=256, max_new_tokens=2)
-    dpo.train_ppo(policy, tiny_gpt(4, n_outputs=1), reference, [[0]], reward, settings, Training(240, 1e-2), quiet=True)
+    settings = dpo.PPO(beta=beta, rollout=512, minibatch=256, max_new_tokens=2, group=group)
+    critic = None if group else tiny_gpt(4, n_outputs=1)
+    dpo.train_ppo(policy, critic, reference, [[0]], reward, settings, Training(240, 1e-2), quiet=True)
 
 
-@pytest.mark.parametrize("train", [tiny_dpo, tiny_ppo])
+def tiny_grpo(policy, reference, beta):
+    """GRPO on the true reward: no critic, 512 completions judged against one another."""
+    tiny_ppo(policy, reference, beta, group=512)
+
+
+@pytest.mark.parametrize("train", [tiny_dpo, tiny_ppo, tiny_grpo])
 def test_trainers_reach_the_analytic_optimum(train):
-    """DPO from pairs and PPO from rewards both end within 5% total variation of pi_ref e^{r/beta} / Z, enumerated. Their own
+    """DPO from pairs, PPO and GRPO from rewards all end within 5% total variation of pi_ref e^{r/beta} / Z, enumerated. Their own
     sampling noise is some 2%. Rejected: the reference, and the optima at half and at twice beta."""
     reference, policy = tiny_gpt(4, seed=10), tiny_gpt(4, seed=10)
     logps = lambda model: completion_logps(model, [[0]] * 13, TINY_COMPLETIONS)

@@ -20,7 +20,7 @@ def dpo_steps(pairs, steps, batch_size, beta, lr, config, on_step):
     n = len(pairs)
     data = dpo.Pairs([p for p, _ in rows], [c for _, c in rows], np.arange(n), n + np.arange(n), np.arange(n))
     training = dpo.Training(steps, lr, batch_size, warmup=0.0, decay=False)
-    dpo.train_preferences(model, model, data, training, "dpo", beta, quiet=True, on_step=lambda logs: on_step(logs["loss"]))
+    dpo.train_preferences(model, model, data, training, beta, quiet=True, on_step=lambda logs: on_step(logs["loss"]))
 
 
 def sample_tokens(prompts, new_tokens, config):
