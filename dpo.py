@@ -310,8 +310,8 @@ class GPT(nn.Module):
 
         tokens (B,T) long, the first at position `start`. Returns (B,T,V), V = vocab_size or n_outputs.
         keep (B,T) bool: return the outputs of these positions only, (keep.sum(), V), row by row. Attention being causal, what
-        stands behind a row's last kept position matters to none of them and is left out, pads first of all: of sequences
-        between T/2 and T long this saves about 27% of a training step.
+        stands behind a row's last kept position matters to none of them and is left out, pads first of all; and where rows begin
+        alike, as the completions of one prompt do, the common beginning is computed once. See `distinct_prefixes`.
         cache (n_layer, 2, B, n_head, T_max, head_size): keys and values so far, extended in place. See `generate`.
         embeddings (B,T,C): what the model reads instead of the tokens' own embeddings. See `ift_loss`.
         """
@@ -320,18 +320,17 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit in a block of {self.config.block_size}")
         assert cache is None or start == 0 or T == 1, "behind a filled cache, one token at a time"
         positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
-        at = None                                                                # no keep: all of (B, T)
-        if keep is not None:
-            needed = keep.flip(1).cumsum(1).flip(1) > 0                          # (B, T): kept, or left of a kept one
-            at = needed.flatten().nonzero().squeeze(1)                           # (N,) where the N needed ones are in B*T
-            tokens, positions, keep = tokens.flatten()[at], positions.flatten()[at], keep.flatten()[at]
+        flat = keep is not None and cache is None                                # from here to the head: (N, C), not (B, T, C)
+        if flat:
+            at, row = distinct_prefixes(tokens, keep)                            # (N,), (B*T,)
+            tokens, positions = tokens.flatten()[at], positions.flatten()[at]
             embeddings = None if embeddings is None else embeddings.flatten(0, 1)[at]
         dropout = self.config.dropout if self.training else 0.0
         layers = iter(() if cache is None else cache)
 
         def attend(qkv):                                                         # (B, T, 3C) or (N, 3C) -> (B, T, C) or (N, C)
-            if at is not None and len(at) < B * T:                               # attention alone needs the rectangle back
-                qkv = qkv.new_zeros(B * T, qkv.shape[-1]).index_copy(0, at, qkv)
+            if flat:                                                             # attention alone needs the rectangle back
+                qkv = F.embedding(row, qkv)
             q, k, v = qkv.view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)       # (B, nh, T, hs) each
             if cache is not None:                                                # append, then attend to all so far
                 layer = next(layers)
@@ -339,13 +338,15 @@ class GPT(nn.Module):
                 k, v = layer[:, :, :, :start + T]
             # causal among T new tokens; a single new token sees everything before it
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout).transpose(1, 2)
-            return y.reshape(B, T, -1) if at is None else y.reshape(B * T, -1)[at]
+            return y.reshape(B * T, -1)[at] if flat else y.reshape(B, T, -1)
 
         embeddings = self.wte(tokens) if embeddings is None else embeddings
         x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
         for block in self.h:
             x = block(x, attend)
-        x = self.ln_f(x if keep is None else x[keep])
+        if keep is not None:
+            x = F.embedding(row[keep.flatten()], x) if flat else x[keep]         # F.embedding: rows by number, and a fast gradient
+        x = self.ln_f(x)
         return F.linear(x, self.wte.weight) if self.score is None else self.score(x)
 
 
@@ -388,6 +389,18 @@ class GPT(nn.Module):
         if unexpected or set(missing) - {"score.weight"}:
             raise ValueError(f"{directory}: not the weights of this GPT-2; missing {missing[:3]}, unexpected {unexpected[:3]}")
         return model
+
+
+def distinct_prefixes(tokens, keep):
+    """The state at position t depends on tokens[:, :t+1] alone: rows that begin alike share it. tokens, keep (B,T) ->
+    at (N,): for each distinct beginning that is needed, a place in B*T where it ends; row (B*T,): which of the N serves each
+    place (any of them where none is needed). Six pairs of four completions: XX% fewer positions, a training step YY% shorter."""
+    needed = keep.flip(1).cumsum(1).flip(1) > 0                                  # (B, T): kept, or left of a kept one
+    weights = torch.from_numpy(np.random.default_rng(0).integers(2 ** 63, size=tokens.shape[1])).to(tokens.device)
+    prefix = torch.where(needed, ((tokens + 1) * weights).cumsum(1), 0).flatten()   # a 64-bit fingerprint of tokens[:, :t+1]
+    ids, row = prefix.unique(return_inverse=True)
+    at = torch.empty_like(ids).scatter_(0, row, torch.arange(len(prefix), device=tokens.device))
+    return at, row
 
 
 def is_conv1d(name: str) -> bool:
@@ -1372,17 +1385,17 @@ class Scale:
     sft_steps: int = 2400               # of 32 reviews
     prompts: int = 8192
     per_prompt: int = 8                 # completions of each, so 28 pairs: 229,376 pairs
-    prompts_a_step: int = 8             # of preference training, with all their pairs
-    dpo_steps: int = 1536               # one and a half passes
-    reward_model_steps: int = 1024
-    baseline_steps: int = 256           # Preferred-FT, Unlikelihood
+    prompts_a_step: int = 16            # of preference training, with all their pairs
+    dpo_steps: int = 768                # one and a half passes
+    reward_model_steps: int = 512
+    baseline_steps: int = 128           # Preferred-FT, Unlikelihood
     ppo_rollouts: int = 80              # of 256 completions
     held_out: int = 96                  # prompts of the evaluation
     samples: int = 32                   # completions of each, per method
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
 
 
-FAST = Scale(sft_steps=700, prompts=1024, dpo_steps=192, reward_model_steps=192, baseline_steps=64, ppo_rollouts=10,
+FAST = Scale(sft_steps=700, prompts=1024, dpo_steps=96, reward_model_steps=96, baseline_steps=32, ppo_rollouts=10,
              held_out=48, samples=16, limit_samples=256)
 
 
@@ -1447,7 +1460,7 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
     """A copy of the SFT policy trained on the world's preferences, or on the first n_pairs of them."""
     policy, pairs = copy.deepcopy(world.reference), world.pairs
     pairs = replace(pairs, **{name: getattr(pairs, name)[:n_pairs] for name in ("chosen", "rejected", "prompt_index")})
-    training = preference_training(world, steps or world.scale.dpo_steps, 1e-3)
+    training = preference_training(world, steps or world.scale.dpo_steps, 1.4e-3)
 
     def look(logs):                                                              # eight times: KL and length of 256 samples
         if logs["step"] % max(1, training.steps // 8) == 0:
