@@ -30,14 +30,18 @@ Read from top to bottom; each section uses only what stands above it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import hashlib
+import inspect
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import time
 import zlib
@@ -49,9 +53,12 @@ import numpy as np
 import regex
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 # ======================================================================================================================
@@ -200,6 +207,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
     word is merged once, however often it occurs. The id of a token is its rank: lower ranks merge first.
     """
     counts = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text))
+    counts = dict(counts.most_common(8192))                                      # rarer words hardly sway the merges
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < vocab_size - 1:
@@ -219,7 +227,11 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
                 else:
                     merged.append(part)
             pieces[word] = merged
-    return tiktoken.Encoding("reviews", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOS_TEXT: len(ranks)})
+    return byte_pair_encoding(ranks, {EOS_TEXT: len(ranks)})
+
+
+def byte_pair_encoding(ranks: dict, special_tokens: dict) -> tiktoken.Encoding:
+    return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def load_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
@@ -340,16 +352,13 @@ class GPT(nn.Module):
         x = self.ln_f(x if keep is None else x[keep])
         return F.linear(x, self.wte.weight) if self.score is None else self.score(x)
 
-
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory, tensors=None):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
-        output, by GPT2ForSequenceClassification). Files are renamed into place when complete."""
+        output, by GPT2ForSequenceClassification). tensors: the weights to write instead of the model's own, by name."""
         directory, c = Path(directory), self.config
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {name if name == "score.weight" else f"transformer.{name}": (value.t() if is_conv1d(name) else value).contiguous()
-                   for name, value in self.state_dict().items()}
-        save_file(tensors, directory / "model.safetensors.part", metadata={"format": "pt"})
-        os.replace(directory / "model.safetensors.part", directory / "model.safetensors")
+                   for name, value in (tensors or self.state_dict()).items()}
+        replace_file(directory / "model.safetensors", lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
         write_json(directory / "config.json", {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel" if self.score is None else "GPT2ForSequenceClassification"],
             "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
@@ -387,12 +396,73 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def write_json(path: Path, value):
-    """Written under another name and renamed: a reader never finds half a file."""
+def replace_file(path: Path, write):
+    """write(draft) under another name, flushed to the disk and renamed: neither a reader nor a crash ever finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(value, indent=1))
-    os.replace(draft, path)
+    draft.unlink(missing_ok=True)                                                # were it a link, its target would be written
+    try:
+        write(draft)
+        with open(draft, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError, SafetensorError) as error:                    # a full disk, as each library puts it
+        draft.unlink(missing_ok=True)
+        raise RunFailed(f"{path} could not be written, what stood there is untouched: {str(error).splitlines()[0]}") from None
+
+
+class RunFailed(Exception):
+    """The input was good, yet the run did not reach its end: exit code 1."""
+
+
+def write_json(path: Path, value):
+    replace_file(path, lambda draft: draft.write_text(json.dumps(value, indent=1)))
+
+
+def byte_letters() -> dict:
+    """GPT-2 writes each byte as one printable letter: itself where it has one, else one from U+0100 on. byte -> letter."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+
+
+def save_tokenizer(tokenizer: tiktoken.Encoding, directory):
+    """Write tokenizer.json, from which transformers' AutoTokenizer makes the same ids. tiktoken merges any two neighbours whose
+    whole is a token, lowest id first: so every way to halve a token is listed as a merge, in the order of ids."""
+    letters, ranks = byte_letters(), tokenizer._mergeable_ranks
+    spell = lambda token: "".join(letters[byte] for byte in token)
+    merges = [[spell(token[:i]), spell(token[i:])] for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
+              if token[:i] in ranks and token[i:] in ranks]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    vocabulary = {**{spell(token): rank for token, rank in ranks.items()}, **tokenizer._special_tokens}
+    write_json(Path(directory) / "tokenizer.json", {
+        "version": "1.0", "added_tokens": [{"id": i, "content": text, **flags} for text, i in tokenizer._special_tokens.items()],
+        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}})
+    write_json(Path(directory) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
+               "clean_up_tokenization_spaces": False, **{f"{name}_token": EOS_TEXT for name in ("eos", "bos", "unk")}})
+
+
+def read_tokenizer(directory) -> tiktoken.Encoding:
+    """The tokenizer beside a model: tokenizer.json, or vocab.json, of GPT-2's kind; GPT-2's own where there is none."""
+    directory = Path(directory)
+    if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
+        return load_tokenizer("gpt2")
+    if (directory / "tokenizer.json").is_file():
+        saved = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+        model, cut = saved["model"], saved.get("pre_tokenizer") or {}
+        if model.get("type", "BPE") != "BPE" or cut.get("type") != "ByteLevel" or cut.get("add_prefix_space") or saved.get("normalizer"):
+            raise ValueError(f"{directory}: its tokenizer.json is not of GPT-2's kind, a byte-level BPE")
+        vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
+    else:
+        vocabulary, special = json.loads((directory / "vocab.json").read_text("utf-8")), {}
+    special = {**special, **{EOS_TEXT: vocabulary[EOS_TEXT] for _ in [0] if EOS_TEXT in vocabulary}}
+    if EOS_TEXT not in special:
+        raise ValueError(f"{directory}: its tokenizer has no {EOS_TEXT}")
+    byte_of = {letter: byte for byte, letter in byte_letters().items()}
+    return byte_pair_encoding({bytes(byte_of[letter] for letter in token): i for token, i in vocabulary.items()
+                               if token not in special}, special)
 
 
 # ======================================================================================================================
@@ -431,8 +501,15 @@ def token_logps(model, tokens, mask):
     """
     at = predicting(mask)
     logits = model(tokens, at) if isinstance(model, GPT) else model(tokens)[at]                 # (N, V), N = at.sum()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                        # never in half precision
-    logps = -F.cross_entropy(logits, tokens[predicted(mask)], reduction="none")                 # (N,)
+    targets, many = tokens[predicted(mask)], 2 ** 25                                            # (N,); 128 MB in float32
+
+    def chosen_logps(logits, targets):                                                          # never in half precision
+        return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    if logits.numel() <= many:
+        logps = chosen_logps(logits, targets)
+    else:       # keep no log-softmax of a large vocabulary: the backward pass makes it again from the logits, part by part
+        parts = zip(*(x.split(max(1, many // logits.shape[1])) for x in (logits, targets)))
+        logps = torch.cat([recompute(chosen_logps, *part, use_reentrant=False) for part in parts])
     return logps.new_zeros(tokens.shape).masked_scatter(predicted(mask), logps)
 
 
@@ -497,7 +574,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
         tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
-    cache = model.wte.weight.new_empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head)
+    cache = torch.empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head, dtype=model.wte.weight.dtype, device=device)
     t = int(lengths.min())
     new = tokens[:, :t]                                                                         # columns not yet in the cache
     while True:
