@@ -526,8 +526,14 @@ def in_batches(function, model, prompts: list, completions: list, batch_size: in
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        values[rows] = function(*pad([prompts[i] for i in rows], [completions[i] for i in rows], device)).cpu()
+        with mixed_precision(device):
+            values[rows] = function(*pad([prompts[i] for i in rows], [completions[i] for i in rows], device)).float().cpu()
     return values
+
+
+def mixed_precision(device):
+    """On a GPU, matrix products in bfloat16; everything else, and every loss, in float32."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
 
 
 def completion_logps(model, prompts: list, completions: list) -> torch.Tensor:
@@ -556,7 +562,8 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             batch = [prompts[i][-room:] for i in rows]
-            batch = _generate_batch(model, batch, max_new_tokens, temperature, top_k, top_p, stop_at_eos)
+            with mixed_precision(next(model.parameters()).device):
+                batch = _generate_batch(model, batch, max_new_tokens, temperature, top_k, top_p, stop_at_eos)
             for i, completion in zip(rows, batch):
                 completions[i] = completion
             bar.update(len(rows))
@@ -635,43 +642,224 @@ class Training:
     seed: int = 0                       # order of the data
 
 
-def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, dropout=False, on_step=None, quiet=False):
+@dataclass
+class Run:
+    """Where a stage of the command line writes, and how it is run; `fit` does the rest."""
+    out: Path
+    settings: dict                      # a checkpoint made under other settings is refused
+    export: object                      # export(tensors) writes what users load: the model and its tokenizer
+    lines: object                       # line number of each data row, to say where a NaN came from
+    save_every: int = 100               # steps
+    resume: bool = False
+    fsdp: bool = False                  # shard model and optimiser over the processes (FSDP2) instead of copying them (DDP)
+    compile: bool = False
+
+    def load(self):
+        """The checkpoint to go on from, or None; a fault of it is a ValueError. Nothing in it is executed."""
+        path = self.out / "checkpoint.pt"
+        if not self.resume or not path.exists():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            settings = saved["settings"]
+            saved = {name: saved[name] for name in ("model", "optimizer", "schedule", "step", "random", "memory")}
+        except Exception as error:                                               # zip, pickle, missing keys: each its own kind
+            raise ValueError(f"{path}: not a checkpoint of this program, or cut short ({type(error).__name__})") from None
+        for name in self.settings.keys() | settings.keys():
+            if settings.get(name) != self.settings.get(name):
+                raise ValueError(f"{path}: made with {name} = {settings.get(name)}, not {self.settings.get(name)}; "
+                                 f"--resume goes on with the same data and settings only")
+        return saved
+
+    def save(self, model, optimizer, schedule, step: int, memory: dict):
+        """The whole state after `step` steps, in one file: a kill at any moment leaves the old one or the new one."""
+        tensors, state = whole(model.state_dict()), whole(optimizer.state_dict())       # of all processes, so before the test
+        if process()[0] == 0:
+            checkpoint = {"settings": self.settings, "model": tensors, "optimizer": state, "schedule": schedule.state_dict(),
+                          "step": step, "random": random_state(), "memory": memory}
+            replace_file(self.out / "checkpoint.pt", lambda draft: torch.save(checkpoint, draft))
+            self.export(tensors)
+
+    def where(self, micro_batches: list, last_good: int) -> str:
+        """For the message of a NaN: the batch's lines, and what can be gone back to."""
+        lines = sorted({int(self.lines[row]) for batch in micro_batches for row in batch.get("data", ())})
+        return (f"; the batch's lines: {', '.join(map(str, lines))}; the last good checkpoint, {self.out}, has {last_good} steps"
+                if last_good else f"; the batch's lines: {', '.join(map(str, lines))}; there is no checkpoint yet")
+
+    def log(self, row: dict):
+        if process()[0] == 0:
+            try:
+                with open(self.out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise RunFailed(f"{self.out / 'metrics.jsonl'}: {error}") from None
+
+    def start(self, step: int):
+        """Keep of metrics.jsonl the steps that the checkpoint has seen; the others will come again."""
+        if process()[0] == 0:
+            path = self.out / "metrics.jsonl"
+            rows = path.read_text().splitlines(keepends=True) if step else []
+            rows = [row for row in rows if row.endswith("}\n") and json.loads(row).get("step", step) < step]
+            replace_file(path, lambda draft: draft.write_text("".join(rows)))
+            if not step:
+                (self.out / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def random_state(saved=None) -> dict:
+    """The state of Python's, numpy's and torch's generators; with an argument, put them back into that state."""
+    if saved:
+        random.setstate(saved["python"])
+        np.random.set_state((saved["numpy"][0], np.array(saved["numpy"][1], np.uint32), *saved["numpy"][2:]))
+        torch.set_rng_state(saved["torch"])
+        torch.cuda.set_rng_state_all(saved["cuda"][:torch.cuda.device_count()])
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def process() -> tuple[int, int]:
+    """(number of this process, number of processes): (0, 1), but for torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def whole(value):
+    """A state dict on the CPU, with every tensor that FSDP2 has sharded put together again."""
+    if isinstance(value, dict):
+        return {name: whole(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [whole(part) for part in value]
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.detach().cpu() if torch.is_tensor(value) else value
+
+
+class LossOf(nn.Module):
+    """loss(model, batch) as a module's forward: so DDP, which hooks into forward, can train any loss."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch):
+        with mixed_precision(next(self.model.parameters()).device):
+            return self.loss(self.model, batch)
+
+
+def spread(model, loss, run: Run | None):
+    """loss(model, .) on however many processes there are -> a module of batches."""
+    gpts = [module for module in model.modules() if isinstance(module, GPT)]
+    if run and run.compile:
+        for gpt in gpts:
+            gpt.compile(dynamic=True)
+    if process()[1] > 1 and run and run.fsdp:
+        from torch.distributed.fsdp import fully_shard
+        for gpt in gpts:
+            for block in gpt.h:
+                fully_shard(block)
+            fully_shard(gpt, reshard_after_forward=True)
+    elif process()[1] > 1:
+        return nn.parallel.DistributedDataParallel(LossOf(model, loss))
+    return LossOf(model, loss)
+
+
+@contextlib.contextmanager
+def postponed_signals(active: bool):
+    """Yield a list that fills when someone says stop (Ctrl-C, or a cluster's SIGTERM); a second time ends at once."""
+    said, before = [], {}
+
+    def note(number, frame):
+        said.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM) if active else ():
+            before[number] = signal.signal(number, note)
+        yield said
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, dropout=False, on_step=None, quiet=False,
+        run: Run | None = None, memory=None):
     """Train `model` in place; return the history, a list with one dict of numbers a step.
 
     batches(step) -> the step's micro-batches, a list of dicts with "count", the number of terms in the loss.
     loss(model, batch) -> the *sum* of the batch's losses, and a dict of sums to log. Dividing by the count of all
     micro-batches makes accumulated gradients equal those of one big batch. dropout: on in SFT alone.
     on_step(logs) sees each step's numbers and may add to them. A loss that is not finite ends the stage (FloatingPointError).
+    run: log and save to run.out, and go on from there. memory: what `batches` remembers between steps, saved with the rest.
+    Of W processes, each makes the same micro-batches and computes every W-th; gradients and logs are summed over all.
     """
+    rank, world = process()
+    saved, memory, first = run.load() if run else None, {} if memory is None else memory, 0
     model.train(dropout)
+    if saved:
+        model.load_state_dict(saved["model"])
+    losses = spread(model, loss, run)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, fused=True)
     warmup = max(1, round(training.warmup * training.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0))
-    history = []
-    for step in (bar := tqdm(range(training.steps), desc=stage, disable=quiet, mininterval=0.5, leave=False)):
-        micro_batches = batches(step)
-        model.train(dropout)                                                     # batches() may have sampled from the model
-        count = sum(batch["count"] for batch in micro_batches)
-        logs = {"step": step}
-        for batch in micro_batches:
-            total, sums = loss(model, batch)
-            (total / count).backward()
-            for name, value in {"loss": total, **sums}.items():
-                logs[name] = logs.get(name, 0.0) + float(value.detach() if torch.is_tensor(value) else value) / count
-        logs["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, training.clip))
-        if not math.isfinite(logs["loss"] + logs["gradient_norm"]):
-            raise FloatingPointError(f"{stage}, step {step}: the loss is {logs['loss']}, its gradient's norm {logs['gradient_norm']}; "
-                                     f"a smaller learning rate may help")
-        logs["learning_rate"] = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if on_step:
-            on_step(logs)
-        history.append(logs)
-        bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+    if saved:
+        for number, state in saved["optimizer"]["state"].items():
+            if hasattr(parameters[number], "full_tensor"):                       # cut the moments as FSDP2 has cut their parameter
+                mesh, placements = parameters[number].device_mesh, parameters[number].placements
+                state.update({name: dist.tensor.distribute_tensor(value, mesh, placements) for name, value in state.items() if value.dim()})
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        memory.update(saved["memory"])
+        random_state(saved["random"])
+        first = saved["step"]
+        del saved
+    if run:
+        run.start(first)
+    history, last_good = [], first
+    with postponed_signals(run is not None) as said:
+        for step in (bar := tqdm(range(first, training.steps), desc=stage, disable=quiet or rank > 0, mininterval=0.5, leave=False,
+                                 initial=first, total=training.steps)):
+            micro_batches = batches(step)
+            model.train(dropout)                                                 # batches() may have sampled from the model
+            if dropout and world > 1:
+                torch.manual_seed(hash((training.seed, step, rank)))             # processes drop different units
+            count = sum(batch["count"] for batch in micro_batches)
+            logs = {"step": step}
+            for start in range(0, len(micro_batches), world):
+                mine = start + rank < len(micro_batches)                         # none left for me: another's, weighed 0
+                batch, last = micro_batches[start + rank if mine else start], start + world >= len(micro_batches)
+                with losses.no_sync() if hasattr(losses, "no_sync") and not last else contextlib.nullcontext():
+                    total, sums = losses(batch)
+                    (total * (mine * world) / count).backward()                  # DDP and FSDP2 average over processes
+                for name, value in {"loss": total, **sums}.items():
+                    logs[name] = logs.get(name, 0.0) + mine * float(value.detach() if torch.is_tensor(value) else value) / count
+            logs["gradient_norm"] = float(whole(nn.utils.clip_grad_norm_(parameters, training.clip)))
+            stop = bool(said)
+            if world > 1:
+                logs["stop"] = float(stop)
+                sums = torch.tensor([value for name, value in logs.items() if name not in ("step", "gradient_norm")], dtype=torch.float64,
+                                    device=parameters[0].device)
+                dist.all_reduce(sums)
+                logs.update(zip([name for name in logs if name not in ("step", "gradient_norm")], sums.tolist()))
+                stop = logs.pop("stop") > 0
+            if not math.isfinite(logs["loss"] + logs["gradient_norm"]):
+                raise FloatingPointError(
+                    f"{stage}, step {step}: the loss is {logs['loss']}, its gradient's norm {logs['gradient_norm']}; "
+                    "a smaller learning rate may help" + (run.where(micro_batches, last_good) if run else ""))
+            logs["learning_rate"] = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if on_step:
+                on_step(logs)
+            history.append(logs)
+            bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+            if run:
+                run.log(logs)
+                if stop or (step + 1) % run.save_every == 0 or step + 1 == training.steps:
+                    run.save(model, optimizer, schedule, step + 1, memory)
+                    last_good = step + 1
+            if stop and step + 1 < training.steps:
+                raise RunFailed(f"{stage} stopped after {step + 1} of {training.steps} steps, all saved in {run.out}; "
+                                "the same command with --resume goes on from there")
     model.eval()
     return history
 
@@ -691,14 +879,20 @@ def shuffled(n: int, training: Training, groups=None):
     return rows
 
 
+def micro_batches_of(rows, training: Training) -> list:
+    """A step's rows in parts of at most training.micro_batch, and in one part for each process at least, if they suffice."""
+    size = max(1, min(training.micro_batch, -(-len(rows) // process()[1])))
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
+
+
 def train_sft(model, texts: list, training: Training, **options):
     """Supervised fine-tuning: maximise log pi(text). texts: lists of ids, EOS last; every token but the first is scored."""
     device, rows = next(model.parameters()).device, shuffled(len(texts), training)
 
     def batches(step):
-        chosen = [texts[i] for i in rows(step)]
-        tokens, mask = pad([[]] * len(chosen), chosen, device)
-        return [{"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum())}]
+        parts = micro_batches_of(rows(step), training)
+        padded = [pad([[]] * len(part), [texts[i] for i in part], device) for part in parts]
+        return [{"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum()), "data": part} for part, (tokens, mask) in zip(parts, padded)]
 
     def loss(model, batch):
         return -sequence_logps(model, batch["tokens"], batch["mask"]).sum(), {}
@@ -840,17 +1034,16 @@ def encode_pairs(tokenizer, preferences: list[Preference], block_size: int) -> P
     return Pairs(prompts, completions, *(np.array(index[name]) for name in ("chosen", "rejected", "prompt")))
 
 
-def pair_batches(pairs: Pairs, rows, micro_batch: int, device) -> list[dict]:
+def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
     """The pairs `rows` as micro-batches. Pairs of one prompt come together, and a completion that stands in several of them
     passes the model once: with 4 completions a prompt, 6 pairs cost 4 forward passes instead of 12."""
     batches = []
-    for start in range(0, len(rows), micro_batch):
-        part = rows[start:start + micro_batch]
+    for part in micro_batches_of(rows, training):
         distinct, position = np.unique(np.concatenate([pairs.chosen[part], pairs.rejected[part]]), return_inverse=True)
         tokens, mask = pad([pairs.prompts[i] for i in distinct], [pairs.completions[i] for i in distinct], device)
         chosen, rejected = torch.from_numpy(position).to(device).chunk(2)
         batches.append({"tokens": tokens, "mask": mask, "rows": torch.from_numpy(distinct).to(device), "chosen": chosen,
-                        "rejected": rejected, "count": len(part)})
+                        "rejected": rejected, "count": len(part), "data": part})
     return batches
 
 
@@ -952,7 +1145,7 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, loss: 
                               "margin": margins.sum(), "accuracy": (margins > 0).sum()}
 
     def batches(step):
-        return pair_batches(pairs, rows(step), training.micro_batch, device)
+        return pair_batches(pairs, rows(step), training, device)
     return fit(stage or loss, model, batches, preference_loss, training, **options)
 
 
@@ -1058,7 +1251,8 @@ def last_response_token(mask):
 
 def reward_scores(reward_model, tokens, mask):
     """The reward model's score of each row, read at the response's last token. tokens, mask (B,T) -> (B,)."""
-    return reward_model(tokens, last_response_token(mask)).squeeze(-1)
+    scores = reward_model(tokens, last_response_token(mask)).squeeze(-1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def train_reward_model(reward_model, pairs: Pairs, training: Training, **options):
@@ -1071,7 +1265,7 @@ def train_reward_model(reward_model, pairs: Pairs, training: Training, **options
         return -F.logsigmoid(margins).sum(), {"accuracy": (margins > 0).sum()}
 
     def batches(step):
-        return pair_batches(pairs, rows(step), training.micro_batch, device)
+        return pair_batches(pairs, rows(step), training, device)
     return fit("reward model", reward_model, batches, loss, training, **options)
 
 
@@ -1188,6 +1382,7 @@ def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: floa
 def token_values(critic, tokens, mask):
     """The critic's value of the text before each response token: V is read where that token is predicted. (B,T), 0 elsewhere."""
     values = critic(tokens, predicting(mask)).squeeze(-1)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values.new_zeros(tokens.shape).masked_scatter(predicted(mask), values)
 
 
@@ -1198,12 +1393,15 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
     training.steps counts optimiser steps: each rollout serves epochs * rollout / minibatch of them.
     watch(prompts, completions) -> a dict of further numbers to log, once a rollout.
     """
-    rng, state = np.random.default_rng(training.seed), {"beta": ppo.beta}
+    rng, device = np.random.default_rng(training.seed), next(policy.parameters()).device
+    state = {"beta": ppo.beta, "rng": rng.bit_generator.state}                   # all there is to remember: see `fit`
     per_rollout = ppo.epochs * (ppo.rollout // ppo.minibatch)
 
     def batches(step):
+        rng.bit_generator.state = state["rng"]
         if step % per_rollout == 0:
-            chosen = [prompts[i] for i in rng.integers(len(prompts), size=ppo.rollout)]
+            state["rows"] = rng.integers(len(prompts), size=ppo.rollout).tolist()
+            chosen = [prompts[i] for i in state["rows"]]
             state["data"], state["statistics"], completions = ppo_rollout(
                 policy, critic, reference, chosen, reward, ppo, state["beta"])
             if watch:
@@ -1211,10 +1409,12 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
             if ppo.target_kl:                                                                                     # 6
                 state["beta"] = adapt_beta(state["beta"], state["statistics"]["kl"], ppo.target_kl, ppo.rollout, ppo.kl_horizon)
         if step % (ppo.rollout // ppo.minibatch) == 0:
-            state["order"] = rng.permutation(ppo.rollout)
+            state["order"] = rng.permutation(ppo.rollout).tolist()
+        state["rng"] = rng.bit_generator.state
         start = step % (ppo.rollout // ppo.minibatch) * ppo.minibatch
-        minibatch = {name: tensor[state["order"][start:start + ppo.minibatch]] for name, tensor in state["data"].items()}
-        return [{**minibatch, "count": int(minibatch["mask"].sum())}]
+        parts = micro_batches_of(state["order"][start:start + ppo.minibatch], training)
+        return [{**{name: tensor[part].to(device) for name, tensor in state["data"].items()}, "data": [state["rows"][i] for i in part],
+                 "count": int(state["data"]["mask"][part].sum())} for part in parts]
 
     def loss(models, batch):                                                                                      # 5
         logps = token_logps(models["policy"], batch["tokens"], batch["mask"])
@@ -1225,7 +1425,7 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
         moved = ((ratio - 1).abs() * batch["mask"]).sum()
         return total, {"policy_loss": policy_loss.sum(), "value_loss": value_loss.sum(), "ratio_moved": moved,
                        **{name: value * batch["count"] for name, value in state["statistics"].items()}}
-    return fit(stage, nn.ModuleDict({"policy": policy, "critic": critic}), batches, loss, training, **options)
+    return fit(stage, nn.ModuleDict({"policy": policy, "critic": critic}), batches, loss, training, memory=state, **options)
 
 
 # ======================================================================================================================
