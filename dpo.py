@@ -910,6 +910,7 @@ class Preference:
     prompt: str
     chosen: str
     rejected: str
+    line: int = 0                       # of the file that it came from
 
 
 def logistic(x):
@@ -950,17 +951,31 @@ def load_preferences(path) -> list[Preference]:
     The conversational form, lists of {"role", "content"}, goes through `chat_template`. A fault raises
     ValueError "path:line: what is wrong"; nothing is skipped silently.
     """
-    records = []
+    return list(read_preferences(path))
+
+
+def read_preferences(path):
+    """Yield what `load_preferences` returns, line by line: for files larger than memory."""
+    number = 0
     for number, record in read_jsonl(path):
         fields = {}
         for name in ("prompt", "chosen", "rejected"):
             fields[name] = text_field(record, name, f"{path}:{number}")
         if isinstance(record["prompt"], list):                                   # the answer follows the prompt's turns
             fields["chosen"], fields["rejected"] = "\n\n" + fields["chosen"], "\n\n" + fields["rejected"]
-        records.append(Preference(**fields))
-    if not records:
+        yield Preference(**fields, line=number)
+    if not number:
         raise ValueError(f"{path}:1: the file holds no record")
-    return records
+
+
+def read_texts(path, field: str):
+    """Yield (line number, text) of JSONL with one {field: text} a line; "messages", a conversation, will do for "text"."""
+    number = 0
+    for number, record in read_jsonl(path):
+        yield number, text_field(record, "messages" if field == "text" and "messages" in record and "text" not in record else field,
+                                 f"{path}:{number}")
+    if not number:
+        raise ValueError(f"{path}:1: the file holds no record")
 
 
 def read_jsonl(path):
@@ -1009,29 +1024,58 @@ class Pairs:
     chosen: np.ndarray                  # (N,) each pair's rows
     rejected: np.ndarray                # (N,)
     prompt_index: np.ndarray            # (N,) which prompt a pair belongs to
+    lines: np.ndarray = None            # (N,) line of the file
+    held_out: np.ndarray = None         # (N,) bool: kept for evaluation
+    counts: dict = None                 # what is remarkable: see `encode_pairs`
 
     def __len__(self):
         return len(self.chosen)
 
+    def subset(self, which):
+        """The pairs where `which` (N,) is true, and no rows but theirs."""
+        rows, position = np.unique(np.concatenate([self.chosen[which], self.rejected[which]]), return_inverse=True)
+        prompts, completions = ([side[row] for row in rows] for side in (self.prompts, self.completions))
+        return Pairs(prompts, completions, *np.split(position, 2), self.prompt_index[which], self.lines[which])
 
-def encode_pairs(tokenizer, preferences: list[Preference], block_size: int) -> Pairs:
+
+def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long=False) -> Pairs:
     """Tokenise prompt and completion apart and put EOS behind the completion: so a prompt's ids are always a prefix of the
-    whole. A prompt too long for the block is cut on the left; a completion that does not fit is a ValueError."""
-    rows, seen_prompts, prompts, completions, index = {}, {}, [], [], {"chosen": [], "rejected": [], "prompt": []}
+    whole. A prompt too long for the block is cut on the left; a completion that does not fit is a ValueError, "path:line: ...",
+    or its pair is left out. Texts are forgotten as soon as their ids are known: only 16 bytes of hash tell known ones."""
+    rows, seen_prompts, prompts, completions = {}, {}, [], []
+    index = {name: [] for name in ("chosen", "rejected", "prompt", "line", "held_out")}
+    cut, counts = set(), {"pairs with a cut prompt": 0, "pairs left out, too long": 0}
+    digest = lambda *texts: hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
     for number, preference in enumerate(preferences, 1):
-        index["prompt"].append(seen_prompts.setdefault(preference.prompt, len(seen_prompts)))
+        sides = {}
         for side in ("chosen", "rejected"):
-            key = (preference.prompt, getattr(preference, side))
+            text = getattr(preference, side)
+            key = digest(f"{len(preference.prompt)}", preference.prompt, text)
             if key not in rows:
-                completion = encode(tokenizer, key[1]) + [tokenizer.eot_token]
+                completion = np.array([*encode(tokenizer, text), tokenizer.eot_token], np.int32)
                 if len(completion) >= block_size:
-                    raise ValueError(f"pair {number}: the {side} completion has {len(completion)} tokens, EOS included; "
-                                     f"prompt and completion together must fit in {block_size}")
+                    if skip_long:
+                        break
+                    raise ValueError(f"{path}:{preference.line or number}: the {side} completion has {len(completion)} tokens, EOS "
+                                     f"included; with a prompt they must fit in {block_size} (--skip-long leaves such pairs out)")
+                prompt = encode(tokenizer, preference.prompt)
+                room = block_size - len(completion)
+                cut |= {len(prompts)} if len(prompt) > room else set()
                 rows[key] = len(prompts)
-                prompts.append(np.array(encode(tokenizer, key[0])[-(block_size - len(completion)):], np.int32))
-                completions.append(np.array(completion, np.int32))
-            index[side].append(rows[key])
-    return Pairs(prompts, completions, *(np.array(index[name]) for name in ("chosen", "rejected", "prompt")))
+                prompts.append(np.array(prompt[-room:], np.int32))
+                completions.append(completion)
+            sides[side] = rows[key]
+        if len(sides) < 2:
+            counts["pairs left out, too long"] += 1
+            continue
+        counts["pairs with a cut prompt"] += not cut.isdisjoint(sides.values())
+        index["prompt"].append(seen_prompts.setdefault(digest(preference.prompt), len(seen_prompts)))
+        for name, value in (*sides.items(), ("line", preference.line), ("held_out", is_held_out(preference.prompt))):
+            index[name].append(value)
+    index = {name: np.array(values) for name, values in index.items()}
+    counts["pairs with chosen == rejected"] = int((index["chosen"] == index["rejected"]).sum())
+    counts["duplicates"] = len(index["line"]) - len(np.unique(np.stack([index["chosen"], index["rejected"]]), axis=1).T)
+    return Pairs(prompts, completions, *index.values(), counts)
 
 
 def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
@@ -1947,25 +1991,320 @@ def plot_training(histories: dict, path: Path, note=""):
     save_figure(figure, path)
 
 
+# ---- The stages on your own data and models --------------------------------------------------------------------------
+
+SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+LEARNING_RATES = {"sft": 3e-3, "dpo": 5e-4, "rm": 1e-3, "ppo": 5e-4}             # at width 128; times (128 / width)^2 above
+OURS = {"checkpoint.pt", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def find_model(name: str) -> Path:
+    """A model's directory. GPT-2's public names are looked up in Hugging Face's cache; nothing is fetched."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name not in SIZES:
+        raise ValueError(f"{name}: no such directory, and not one of {', '.join(SIZES)}")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub").expanduser()
+    for config in [c for owner in ("openai-community--", "") for c in hub.glob(f"models--{owner}{name}/snapshots/*/config.json")]:
+        if list(config.parent.glob("model*.safetensors")):
+            return config.parent
+    raise ValueError(f"{name}: not in Hugging Face's cache ({hub}), and nothing is fetched here; where there is a network, `hf download "
+                     f"openai-community/{name} config.json model.safetensors tokenizer.json --local-dir {name}`, and bring that directory")
+
+
+def open_model(name: str, device, n_outputs=None, like=None) -> tuple[GPT, tiktoken.Encoding]:
+    """A model and its tokenizer. like: the (model, tokenizer) whose ids it must understand."""
+    directory = find_model(name)
+    try:
+        model, tokenizer = GPT.from_pretrained(directory, n_outputs), read_tokenizer(directory)
+    except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
+        reason = str(error).strip().replace("\n", " ")[:300]
+        raise ValueError(reason if reason.startswith(str(directory)) else f"{directory}: not a model that can be read: {reason}") from None
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
+    if n_outputs is None and model.score is not None:
+        raise ValueError(f"{directory}: a reward model, where a language model is needed")
+    if like and tokenizer._mergeable_ranks != like[1]._mergeable_ranks:
+        raise ValueError(f"{directory}: its vocabulary of {tokenizer.n_vocab} tokens is not that of --init, of {like[1].n_vocab}")
+    if like and model.config.block_size < like[0].config.block_size:
+        raise ValueError(f"{directory}: its block of {model.config.block_size} tokens is shorter than that of --init, {like[0].config.block_size}")
+    model.config.eos_token_id = tokenizer.eot_token
+    return model.to(device).eval(), tokenizer
+
+
+def split(held_out, options):
+    """bool (N,): which rows are for training. All are with --all, or where a split would leave none."""
+    held_out = np.array(held_out, bool) & (not options.all)
+    return ~held_out if not held_out.all() else held_out
+
+
+def report(path, n: int, counts: dict):
+    if process()[0] == 0:
+        print(f"{path}: {n} rows" + "".join(f"; {value} {name}" for name, value in counts.items() if value))
+
+
+def read_pairs(options, tokenizer, block_size: int) -> tuple[Pairs, Pairs | None]:
+    """--data as pairs for training, and the held-out pairs if there are any."""
+    pairs = encode_pairs(tokenizer, read_preferences(options.data), block_size, options.data, options.skip_long)
+    if not len(pairs):
+        raise ValueError(f"{options.data}:1: no pair fits in {block_size} tokens")
+    train = split(pairs.held_out, options)
+    report(options.data, len(pairs), {**pairs.counts, "pairs held out, by prompt": int((~train).sum())})
+    return pairs.subset(train), None if train.all() else pairs.subset(~train)
+
+
+def plan(options, n: int, width: int, lines, export) -> tuple[Training, Run]:
+    """How a stage is to be trained, and where it writes."""
+    steps = options.steps or math.ceil(options.epochs * n / options.batch_size)
+    rate = options.learning_rate or LEARNING_RATES[options.stage] * min(1, (128 / width) ** 2)
+    skipped = ("out", "resume", "overwrite", "save_every", "fsdp", "compile")
+    settings = {name: str(value) for name, value in vars(options).items() if name not in skipped}
+    with open(options.data, "rb") as file:
+        settings["checksum of the data"] = functools.reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: file.read(1 << 20), b""), 0)
+    return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
+        options.out, settings, export, lines, options.save_every, options.resume, options.fsdp, options.compile)
+
+
+def exporter(model: GPT, tokenizer, out: Path, prefix=""):
+    def export(tensors):
+        if not (out / "tokenizer.json").exists() or not (out / "tokenizer_config.json").exists():
+            save_tokenizer(tokenizer, out)
+        model.save_pretrained(out, {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+    return export
+
+
+def pair_numbers(pairs: Pairs, values) -> dict:
+    """Accuracy and margin of (R,) rewards of the pairs' rows, with standard errors."""
+    margins = (values[pairs.chosen] - values[pairs.rejected]).numpy()
+    error = lambda x: standard_error(x) if len(x) > 1 else None
+    return {"pairs": len(pairs), "accuracy": float((margins > 0).mean()), "accuracy_se": error(margins > 0),
+            "margin": float(margins.mean()), "margin_se": error(margins)}
+
+
+def stage_sft(options, device) -> dict:
+    if options.init:
+        model, tokenizer = open_model(options.init, device)
+    else:
+        sample = [text for i, (_, text) in enumerate(read_texts(options.data, "text")) if i < 20_000]     # all are checked
+        tokenizer = train_tokenizer(sample, options.vocab_size)
+        model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd, options.dropout)).to(device)
+    texts, lines, held_out, seen, cut, size = [], [], [], set(), 0, model.config.block_size
+    for line, text in read_texts(options.data, "text"):
+        ids = [*encode(tokenizer, text), tokenizer.eot_token]
+        pieces = [ids[start:start + size] for start in range(0, len(ids), size)]
+        pieces = [piece for piece in pieces if len(piece) > 1] or pieces         # a first token alone has nothing to predict it
+        cut += len(pieces) > 1
+        seen.add(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        for piece in pieces:
+            texts.append(np.array(piece, np.int32)), lines.append(line), held_out.append(is_held_out(text))
+    train = split(held_out, options)
+    report(options.data, len(texts), {"texts longer than the block, cut into pieces": cut, "rows held out": int((~train).sum()),
+                                      "duplicates": len(set(lines)) - len(seen)})
+    training, run = plan(options, int(train.sum()), model.config.n_embd, np.array(lines)[train], exporter(model, tokenizer, options.out))
+    train_sft(model, [texts[i] for i in np.flatnonzero(train)], training, run=run)
+    rest = [texts[i] for i in np.flatnonzero(~train)]
+    if not rest:
+        return {}
+    loss = -float(completion_logps(model, [[]] * len(rest), rest).sum()) / sum(len(text) - 1 for text in rest)
+    return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700))}
+
+
+def stage_dpo(options, device) -> dict:
+    opened = model, tokenizer = open_model(options.init, device)
+    reference = open_model(options.reference, device, like=opened)[0] if options.reference else copy.deepcopy(model)
+    hyper = {}
+    for setting in options.hyper:
+        name, _, value = setting.partition("=")
+        if name not in inspect.signature(LOSSES[options.loss]).parameters or name in ("pc", "pr", "rc", "rr", "beta", "_"):
+            raise ValueError(f"--hyper {setting}: the loss {options.loss} has no setting {name!r}")
+        hyper[name] = float(value)
+    pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
+    training, run = plan(options, len(pairs), model.config.n_embd, pairs.lines, exporter(model, tokenizer, options.out))
+    train_preferences(model, reference, pairs, training, options.loss, options.beta, hyper, run=run)
+    return compare(model, reference, held_out, options.beta) if held_out else {}
+
+
+def compare(model, reference, pairs: Pairs, beta: float) -> dict:
+    """Preference accuracy and margins of the rewards that a policy implies, or that a reward model gives."""
+    if model.score is not None:
+        return pair_numbers(pairs, score_completions(model, pairs.prompts, pairs.completions))
+    logratios = completion_logps(model, pairs.prompts, pairs.completions) - completion_logps(reference, pairs.prompts, pairs.completions)
+    w, l = pairs.chosen, pairs.rejected
+    return {**pair_numbers(pairs, beta * logratios), "loss": float(-F.logsigmoid(beta * (logratios[w] - logratios[l])).mean()),
+            "chosen_reward": float(beta * logratios[w].mean()), "rejected_reward": float(beta * logratios[l].mean())}
+
+
+def stage_rm(options, device) -> dict:
+    model, tokenizer = open_model(options.init, device, n_outputs=1)
+    pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
+    training, run = plan(options, len(pairs), model.config.n_embd, pairs.lines, exporter(model, tokenizer, options.out))
+    train_reward_model(model, pairs, training, run=run)
+    return compare(model, None, held_out, options.beta) if held_out else {}
+
+
+def stage_ppo(options, device) -> dict:
+    opened = policy, tokenizer = open_model(options.init, device)
+    reward_model = open_model(options.reward, device, n_outputs=1, like=opened)[0]
+    reference, critic = copy.deepcopy(policy), copy.deepcopy(reward_model)
+    room = policy.config.block_size - options.max_new_tokens
+    if room < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in a block of {policy.config.block_size}")
+    lines, texts = zip(*read_texts(options.data, "prompt"))
+    prompts, train = [encode(tokenizer, text) for text in texts], split([is_held_out(text) for text in texts], options)
+    report(options.data, len(prompts), {"prompts cut on the left": sum(len(prompt) > room for prompt in prompts),
+                                        "prompts held out": int((~train).sum()), "duplicates": len(texts) - len(set(texts))})
+    prompts = [np.array(prompt[-room:], np.int32) for prompt in prompts]
+    ppo = PPO(options.beta, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
+    updates = options.ppo_epochs * (ppo.rollout // ppo.minibatch)
+    training, run = plan(options, int(train.sum()), policy.config.n_embd, np.array(lines)[train],
+                         exporter(policy, tokenizer, options.out, "policy."))
+    training = replace(training, steps=options.steps or training.steps * updates)
+    reward = lambda prompts, completions: score_completions(reward_model, prompts, completions)
+    train_ppo(policy, critic, reference, [prompts[i] for i in np.flatnonzero(train)], reward, ppo, training, run=run)
+    rest = [prompts[i] for i in np.flatnonzero(~train)[:256]]
+    if not rest:
+        return {}
+    completions = generate(policy, rest, options.max_new_tokens)
+    kl = completion_logps(policy, rest, completions) - completion_logps(reference, rest, completions)
+    return {"held_out_reward": reward(rest, completions).mean().item(), "held_out_kl": kl.mean().item()}
+
+
+def stage_eval(options, device) -> dict:
+    opened = model, tokenizer = open_model(options.init, device, n_outputs=None if options.reference else 1)
+    if not options.reference and not model.score.weight.any():
+        raise ValueError(f"{options.init}: a language model's rewards need --reference; without one, --init is a reward model")
+    reference = open_model(options.reference, device, like=opened)[0] if options.reference else None
+    pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
+    if not options.all and held_out is None:
+        print("no prompt falls in the held-out tenth: every pair is evaluated")
+    return compare(model, reference, held_out or pairs, options.beta)
+
+
+def stage_sample(options, device) -> dict:
+    models = [open_model(name, device) for name in options.init]
+    reference, tokenizer = open_model(options.reference, device) if options.reference else models[0]
+    texts, rows = [text for text in options.prompt for _ in range(options.n)], []
+    for model, own in models:
+        torch.manual_seed(options.seed)
+        ids = [encode(own, text) or [own.eot_token] for text in texts]
+        new = min(options.max_new_tokens, model.config.block_size - 1)
+        completions = generate(model, ids, new, options.temperature, top_k=options.top_k, top_p=options.top_p)
+        ids, rewards = [prompt[new - model.config.block_size:] for prompt in ids], [None] * len(ids)
+        if own._mergeable_ranks == tokenizer._mergeable_ranks and reference.config.block_size >= model.config.block_size:
+            rewards = (options.beta * (completion_logps(model, ids, completions) - completion_logps(reference, ids, completions))).tolist()
+        rows.append([(decode(own, completion), reward) for completion, reward in zip(completions, rewards)])
+    for text, row in zip(texts, zip(*rows)):
+        print(f"\n{text} ...")
+        for name, (completion, reward) in zip(options.init, row):
+            print(f"  {name}  reward {'-' if reward is None else format(reward, '+.2f')}  ...{completion}")
+    return {}
+
+
+STAGES = {  # name: (function, one line, the options it takes besides those that all take)
+    "sft": (stage_sft, "imitate texts", "data init? model train"), "dpo": (stage_dpo, "learn from preferences", "data init reference loss train"),
+    "rm": (stage_rm, "fit a reward model", "data init train"), "ppo": (stage_ppo, "maximise a reward model", "data init ppo train"),
+    "eval": (stage_eval, "held-out preference accuracy and margins", "data init reference"),
+    "sample": (stage_sample, "completions, side by side", "inits reference sample")}
+positive = lambda kind: lambda text: kind(text) if kind(text) > 0 else int("must be positive")
+OPTIONS = {
+    "data": [("--data", dict(required=True, type=Path, help="JSONL: {prompt, chosen, rejected}, {text} for sft, {prompt} for ppo")),
+             ("--all", dict(action="store_true", help="use every row: no tenth of the prompts is held out")),
+             ("--skip-long", dict(action="store_true", help="leave out pairs with a completion that does not fit, and count them"))],
+    "init": [("--init", dict(required=True, help="the model to start from: a directory, or gpt2, gpt2-medium, gpt2-large"))],
+    "init?": [("--init", dict(help="start from this directory, gpt2, gpt2-medium or gpt2-large; else from scratch"))],
+    "inits": [("--init", dict(required=True, action="append", help="a model; again for each further one"))],
+    "reference": [("--reference", dict(help="the reference policy; else --init, the first one"))],
+    "model": [("--vocab-size", dict(type=positive(int), default=512, help="from scratch: tokens of the byte-pair encoding")),
+              ("--block-size", dict(type=positive(int), default=256, help="from scratch: longest sequence, in tokens")),
+              ("--n-layer", dict(type=positive(int), default=4, help="from scratch: layers")),
+              ("--n-head", dict(type=positive(int), default=4, help="from scratch: attention heads")),
+              ("--n-embd", dict(type=positive(int), default=128, help="from scratch: width")),
+              ("--dropout", dict(type=float, default=0.0, help="from scratch: share of units dropped in training"))],
+    "loss": [("--loss", dict(choices=LOSSES, default="dpo", help="one of the losses of section 9")),
+             ("--hyper", dict(action="append", default=[], metavar="NAME=VALUE", help="a setting of the loss, such as label_smoothing=0.1"))],
+    "ppo": [("--reward", dict(required=True, help="the reward model's directory")),
+            ("--ppo-epochs", dict(type=positive(int), default=4, help="passes over a rollout of --batch-size completions")),
+            ("--minibatch", dict(type=positive(int), help="completions of one optimiser step; else the whole rollout")),
+            ("--max-new-tokens", dict(type=positive(int), default=48, help="longest completion"))],
+    "sample": [("--prompt", dict(required=True, action="append", help="a text to go on from; again for each further one")),
+               ("--n", dict(type=positive(int), default=1, help="completions of each prompt")),
+               ("--max-new-tokens", dict(type=positive(int), default=48, help="longest completion")),
+               ("--temperature", dict(type=float, default=1.0, help="0 is greedy")),
+               ("--top-k", dict(type=int, default=0, help="only the k likeliest tokens; 0 is all")),
+               ("--top-p", dict(type=float, default=1.0, help="only the likeliest tokens that hold this share"))],
+    "train": [("--out", dict(required=True, type=Path, help="directory for the model, its checkpoint and metrics.jsonl")),
+              ("--resume", dict(action="store_true", help="go on from --out's checkpoint, if there is one")),
+              ("--overwrite", dict(action="store_true", help="write into --out though it is not empty")),
+              ("--save-every", dict(type=positive(int), default=100, help="steps between checkpoints")),
+              ("--epochs", dict(type=positive(float), default=1.0, help="passes over the data")),
+              ("--steps", dict(type=positive(int), help="optimiser steps, instead of --epochs")),
+              ("--batch-size", dict(type=positive(int), default=64, help="rows of one step, of all processes together")),
+              ("--micro-batch", dict(type=positive(int), help="rows of one forward pass; less memory, same gradient")),
+              ("--learning-rate", dict(type=positive(float), help="its peak; by default after the stage and the model's width")),
+              ("--fsdp", dict(action="store_true", help="under torchrun: shard the model (FSDP2) instead of copying it (DDP)")),
+              ("--compile", dict(action="store_true", help="torch.compile the model"))]}
+
+
+def run_stage(options):
+    """One stage, from its arguments to its summary."""
+    started, world, local = time.time(), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    cuda, out = torch.cuda.is_available(), getattr(options, "out", None)
+    device = f"cuda:{local}" if cuda else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if out:
+        names = {path.name.removesuffix(".part") for path in out.iterdir()} if out.is_dir() else set()
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out}: --out is a directory's name, and this is a file")
+        if names and not options.overwrite and not (options.resume and names <= OURS):
+            raise ValueError(f"{out}: " + ("holds a run already: --resume goes on with it, --overwrite begins anew" if names <= OURS else
+                                           "not empty, and not a run of this program: --overwrite writes into it all the same"))
+        if any(find_model(name).resolve() == out.resolve() for name in (getattr(options, n, None) for n in ("init", "reference", "reward")) if name):
+            raise ValueError(f"{out}: --out would overwrite a model that the run starts from")
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(options.seed)
+    summary = STAGES[options.stage][0](options, device)
+    summary = {"stage": options.stage, **summary, "seconds": round(time.time() - started, 1)}
+    if options.stage != "sample" and process()[0] == 0:
+        if out:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"summary": True, **summary}) + "\n")
+        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items()))
+
+
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="Direct Preference Optimization, complete. Without arguments: the demonstration.")
     parser.add_argument("--fast", action="store_true", help="the same story in a quarter of the time, less precise")
     parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures")
     parser.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the results")
+    stages = parser.add_subparsers(dest="stage", title="on your own data")
+    for name, (_, line, groups) in STAGES.items():
+        stage = stages.add_parser(name, help=line, description=line)
+        stage.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
+        stage.add_argument("--beta", type=float, default=0.1, help="weight of the KL, in reward units per nat")
+        for flag, settings in [option for group in groups.split() for option in OPTIONS[group]]:
+            stage.add_argument(flag, **settings)
     options = parser.parse_args(arguments)
+    code = 0
     try:
-        if options.sweep:
+        if options.stage:
+            run_stage(options)
+        elif options.sweep:
             sweep(range(options.seed, options.seed + 3), options.out, FAST if options.fast else Scale())
         else:
             demonstrate(FAST if options.fast else Scale(), options.seed, options.out, "fast run, less precise" if options.fast else "")
-    except FloatingPointError as error:
-        print(f"dpo.py: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"dpo.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except (FloatingPointError, RunFailed, dist.DistError, RuntimeError, ValueError, OSError) as error:
+        code = 2 if isinstance(error, (ValueError, OSError)) else 1
+        if process()[0] == 0 or code == 1 and not isinstance(error, (FloatingPointError, RunFailed)):
+            print(f"dpo.py: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 1
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
