@@ -2285,6 +2285,7 @@ def main(arguments=None) -> int:
         stage = stages.add_parser(name, help=line, description=line)
         stage.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
         stage.add_argument("--beta", type=float, default=0.1, help="weight of the KL, in reward units per nat")
+        stage.set_defaults(out=None)
         for flag, settings in [option for group in groups.split() for option in OPTIONS[group]]:
             stage.add_argument(flag, **settings)
     options = parser.parse_args(arguments)
