@@ -2298,12 +2298,15 @@ def main(arguments=None) -> int:
         else:
             demonstrate(FAST if options.fast else Scale(), options.seed, options.out, "fast run, less precise" if options.fast else "")
     except (FloatingPointError, RunFailed, dist.DistError, RuntimeError, ValueError, OSError) as error:
-        code = 2 if isinstance(error, (ValueError, OSError)) else 1
-        if process()[0] == 0 or code == 1 and not isinstance(error, (FloatingPointError, RunFailed)):
-            print(f"dpo.py: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        code, lost = 2 if isinstance(error, (ValueError, OSError)) else 1, type(error) is RuntimeError or isinstance(error, dist.DistError)
+        if lost and process()[1] > 1:
+            error = f"another process died or hangs; --resume goes on from the last checkpoint ({str(error).splitlines()[0]})"
+        if process()[0] == 0 or lost:                                            # what all processes find, one says
+            print(f"dpo.py: {str(error).strip()}".splitlines()[0], file=sys.stderr)
     except KeyboardInterrupt:
         code = 1
     if dist.is_initialized() and not code:
+        dist.barrier()                                                           # none leaves while another still listens
         dist.destroy_process_group()
     return code
 
