@@ -1045,6 +1045,7 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
     rows, seen_prompts, prompts, completions = {}, {}, [], []
     index = {name: [] for name in ("chosen", "rejected", "prompt", "line", "held_out")}
     cut, counts = set(), {"pairs with a cut prompt": 0, "pairs left out, too long": 0}
+    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32              # GPT-2's ids fit in two bytes
     digest = lambda *texts: hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
     for number, preference in enumerate(preferences, 1):
         sides = {}
@@ -1052,7 +1053,7 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
             text = getattr(preference, side)
             key = digest(f"{len(preference.prompt)}", preference.prompt, text)
             if key not in rows:
-                completion = np.array([*encode(tokenizer, text), tokenizer.eot_token], np.int32)
+                completion = np.array([*encode(tokenizer, text), tokenizer.eot_token], dtype)
                 if len(completion) >= block_size:
                     if skip_long:
                         break
@@ -1062,7 +1063,7 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
                 room = block_size - len(completion)
                 cut |= {len(prompts)} if len(prompt) > room else set()
                 rows[key] = len(prompts)
-                prompts.append(np.array(prompt[-room:], np.int32))
+                prompts.append(np.array(prompt[-room:], dtype))
                 completions.append(completion)
             sides[side] = rows[key]
         if len(sides) < 2:
