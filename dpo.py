@@ -2306,9 +2306,11 @@ def main(arguments=None) -> int:
             print(f"dpo.py: {str(error).strip()}".splitlines()[0], file=sys.stderr)
     except KeyboardInterrupt:
         code = 1
-    if dist.is_initialized() and not code:
-        dist.barrier()                                                           # none leaves while another still listens
-        dist.destroy_process_group()
+    if dist.is_initialized():                                                    # leave together, and without taking gloo's threads
+        if not code:                                                             # apart: on a busy machine that aborts now and then
+            dist.barrier()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
     return code
 
 

@@ -1803,7 +1803,7 @@ def test_split_is_by_prompt():
 
 @pytest.mark.slow
 def test_memory_grows_by_token_ids_only():
-    """Pairs of 20 kB of text stream through encode_pairs: of 40 MB of text, what stays is the ids, 4 bytes each, and 1 kB a pair at
+    """Pairs of 20 kB of text stream through encode_pairs: of 10 MB of text, what stays is the ids, 4 bytes each, and 1 kB a pair at
     most for arrays and indices. Rejected: the texts kept."""
     import tracemalloc
     tokenizer = dpo.train_tokenizer(["word " * 9])
@@ -1812,7 +1812,7 @@ def test_memory_grows_by_token_ids_only():
         kept = []
 
         def stream():
-            for i in range(2000):
+            for i in range(500):
                 pair = dpo.Preference(f"{i}", "word " * 2000 + str(i), "word " * 2000 + f"b{i}")
                 if keep:
                     kept.append(pair)
@@ -1822,7 +1822,7 @@ def test_memory_grows_by_token_ids_only():
         used, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         ids = 4 * sum(len(c) for c in pairs.completions)
-        assert peak < ids + 2000 * 1024 + 2e6, (used, peak, ids)
+        assert peak < ids + 500 * 1024 + 1e6, (used, peak, ids)
     check(False)
     rejects(check, True)
 
