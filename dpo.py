@@ -207,7 +207,8 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
     word is merged once, however often it occurs. The id of a token is its rank: lower ranks merge first.
     """
     counts = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text))
-    counts = dict(counts.most_common(8192))                                      # rarer words hardly sway the merges
+    if len(counts) > 8192:
+        counts = dict(counts.most_common(8192))                                  # rarer words hardly sway the merges
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < vocab_size - 1:
@@ -810,6 +811,8 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
         memory.update(saved["memory"])
         random_state(saved["random"])
         first = saved["step"]
+        if rank == 0:                                                            # the kill may have come between the two files
+            run.export(saved["model"])
         del saved
     if run:
         run.start(first)
