@@ -678,7 +678,8 @@ class Run:
     """Where a stage of the command line writes, and how it is run. Without `out`, nothing is written."""
     out: Path | None = None
     settings: dict | None = None        # a checkpoint made under other settings is refused
-    export: object = None               # export(tensors) writes what users load: the model and its tokenizer
+    export: object = None               # export(tensors) writes the model that users load
+    tokenizer: tiktoken.Encoding | None = None
     lines: object = None                # line number of each data row, to say where a NaN came from
     save_every: int = 100               # steps
     resume: bool = False
@@ -720,6 +721,7 @@ class Run:
             rows = path.read_text().splitlines(keepends=True) if saved else []
             rows = [row for row in rows if row.endswith("}\n") and json.loads(row).get("step", self.last_good) < self.last_good]
             replace_file(path, lambda draft: draft.write_text("".join(rows)))
+            save_tokenizer(self.tokenizer, self.out)
             if saved:
                 self.export(saved["model"])                                      # the kill may have come between the two files
             else:
@@ -923,7 +925,7 @@ def micro_batches_of(rows, training: Training) -> list:
     return [rows[start:start + size] for start in range(0, len(rows), size)]
 
 
-def train_sft(model, texts: list, training: Training, **options):
+def train_sft(model, texts: list, training: Training, run: Run | None = None, **options):
     """Supervised fine-tuning: maximise log pi(text). texts: lists of ids, EOS last; every token but the first is scored."""
     device, rows = next(model.parameters()).device, shuffled(len(texts), training)
 
@@ -934,7 +936,7 @@ def train_sft(model, texts: list, training: Training, **options):
 
     def loss(model, batch):
         return -sequence_logps(model, batch["tokens"], batch["mask"]).sum(), {}
-    return fit("SFT", model, batches, loss, training, dropout=True, **options)
+    return fit("SFT", model, batches, loss, training, dropout=True, run=run, **options)
 
 
 # ======================================================================================================================
@@ -2134,8 +2136,8 @@ def open_model(name: str, device, n_outputs=None, like=None) -> tuple[GPT, tikto
     return model.to(device).eval(), tokenizer
 
 
-def split(held_out, options):
-    """bool (N,): which rows are for training. All are with --all, or where a split would leave none."""
+def held_out_split(held_out, options):
+    """bool (N,): which rows are for training: all with --all, or where a split would leave none."""
     held_out = np.array(held_out, bool) & (not options.all)
     return ~held_out if not held_out.all() else held_out
 
@@ -2150,37 +2152,24 @@ def read_pairs(options, tokenizer, block_size: int) -> tuple[Pairs, Pairs | None
     pairs = encode_pairs(tokenizer, read_preferences(options.data), block_size, options.data, options.skip_long)
     if not len(pairs):
         raise ValueError(f"{options.data}:1: no pair fits in {block_size} tokens")
-    train = split(pairs.held_out, options)
+    train = held_out_split(pairs.held_out, options)
     report(options.data, len(pairs), {**pairs.counts, "pairs held out, by prompt": int((~train).sum())})
     return pairs.subset(train), None if train.all() else pairs.subset(~train)
 
 
-def plan(options, n: int, width: int, lines, export) -> tuple[Training, Run]:
-    """How a stage is to be trained, and where it writes."""
-    steps = options.steps or math.ceil(options.epochs * n / options.batch_size)
-    rate = options.learning_rate or LEARNING_RATES[options.stage] * min(1, (128 / width) ** 2)
-    skipped = ("out", "resume", "overwrite", "save_every", "fsdp", "compile")
-    settings = {name: str(value) for name, value in vars(options).items() if name not in skipped}
+def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Run]:
+    """How a stage is to be trained, and where it writes. prefix: of the names of the weights that users load."""
+    steps = options.steps or math.ceil(options.epochs * len(lines) / options.batch_size)
+    rate = options.learning_rate or LEARNING_RATES[options.stage] * min(1, (128 / model.config.n_embd) ** 2)
+    free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile")       # may differ when a run is resumed
+    settings = {name: str(value) for name, value in vars(options).items() if name not in free}
     with open(options.data, "rb") as file:
         settings["checksum of the data"] = functools.reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: file.read(1 << 20), b""), 0)
-    return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
-        options.out, settings, export, lines, options.save_every, options.resume, options.fsdp, options.compile)
 
-
-def exporter(model: GPT, tokenizer, out: Path, prefix=""):
     def export(tensors):
-        if not (out / "tokenizer.json").exists() or not (out / "tokenizer_config.json").exists():
-            save_tokenizer(tokenizer, out)
-        model.save_pretrained(out, {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
-    return export
-
-
-def pair_numbers(pairs: Pairs, values) -> dict:
-    """Accuracy and margin of (R,) rewards of the pairs' rows, with standard errors."""
-    margins = (values[pairs.chosen] - values[pairs.rejected]).numpy()
-    error = lambda x: standard_error(x) if len(x) > 1 else None
-    return {"pairs": len(pairs), "accuracy": float((margins > 0).mean()), "accuracy_se": error(margins > 0),
-            "margin": float(margins.mean()), "margin_se": error(margins)}
+        model.save_pretrained(options.out, {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+    return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
+        options.out, settings, export, tokenizer, lines, options.save_every, options.resume, options.fsdp, options.compile)
 
 
 def stage_sft(options, device) -> dict:
@@ -2199,11 +2188,10 @@ def stage_sft(options, device) -> dict:
         seen.add(hashlib.blake2b(text.encode(), digest_size=16).digest())
         for piece in pieces:
             texts.append(np.array(piece, np.int32)), lines.append(line), held_out.append(is_held_out(text))
-    train = split(held_out, options)
+    train = held_out_split(held_out, options)
     report(options.data, len(texts), {"texts longer than the block, cut into pieces": cut, "rows held out": int((~train).sum()),
                                       "duplicates": len(set(lines)) - len(seen)})
-    training, run = plan(options, int(train.sum()), model.config.n_embd, np.array(lines)[train], exporter(model, tokenizer, options.out))
-    train_sft(model, [texts[i] for i in np.flatnonzero(train)], training, run=run)
+    train_sft(model, [texts[i] for i in np.flatnonzero(train)], *plan(options, model, tokenizer, np.array(lines)[train]))
     rest = [texts[i] for i in np.flatnonzero(~train)]
     if not rest:
         return {}
@@ -2221,27 +2209,33 @@ def stage_dpo(options, device) -> dict:
             raise ValueError(f"--hyper {setting}: the loss {options.loss} has no setting {name!r}")
         hyper[name] = float(value)
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
-    training, run = plan(options, len(pairs), model.config.n_embd, pairs.lines, exporter(model, tokenizer, options.out))
+    training, run = plan(options, model, tokenizer, pairs.lines)
     train_preferences(model, reference, pairs, training, options.beta, LOSSES[options.loss], hyper, run=run)
     return compare(model, reference, held_out, options.beta) if held_out else {}
-
-
-def compare(model, reference, pairs: Pairs, beta: float) -> dict:
-    """Preference accuracy and margins of the rewards that a policy implies, or that a reward model gives."""
-    if model.score is not None:
-        return pair_numbers(pairs, score_completions(model, pairs.prompts, pairs.completions))
-    logratios = completion_logps(model, pairs.prompts, pairs.completions) - completion_logps(reference, pairs.prompts, pairs.completions)
-    w, l = pairs.chosen, pairs.rejected
-    return {**pair_numbers(pairs, beta * logratios), "loss": float(-F.logsigmoid(beta * (logratios[w] - logratios[l])).mean()),
-            "chosen_reward": float(beta * logratios[w].mean()), "rejected_reward": float(beta * logratios[l].mean())}
 
 
 def stage_rm(options, device) -> dict:
     model, tokenizer = open_model(options.init, device, n_outputs=1)
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
-    training, run = plan(options, len(pairs), model.config.n_embd, pairs.lines, exporter(model, tokenizer, options.out))
+    training, run = plan(options, model, tokenizer, pairs.lines)
     train_reward_model(model, pairs, training, run=run)
     return compare(model, None, held_out, options.beta) if held_out else {}
+
+
+def compare(model, reference, pairs: Pairs, beta: float) -> dict:
+    """Accuracy and margin, with standard errors, of the rewards that a policy implies or that a reward model gives."""
+    more = {}
+    if model.score is not None:
+        rewards = score_completions(model, pairs.prompts, pairs.completions)                              # (R,)
+        margins = rewards[pairs.chosen] - rewards[pairs.rejected]                                         # (N,)
+    else:
+        logps = [completion_logps(m, pairs.prompts, pairs.completions) for m in (model, reference)]
+        losses, chosen, rejected = dpo_loss(*(side[rows] for side in logps for rows in (pairs.chosen, pairs.rejected)), beta)
+        margins, more = chosen - rejected, {"loss": losses.mean().item(), "chosen_reward": chosen.mean().item(),
+                                            "rejected_reward": rejected.mean().item()}
+    error = lambda x: standard_error(x.numpy()) if len(x) > 1 else None
+    return {"pairs": len(pairs), "accuracy": right(margins).mean().item(), "accuracy_se": error(right(margins)),
+            "margin": margins.mean().item(), "margin_se": error(margins), **more}
 
 
 def stage_ppo(options, device) -> dict:
@@ -2252,15 +2246,13 @@ def stage_ppo(options, device) -> dict:
     if room < 1:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in a block of {policy.config.block_size}")
     lines, texts = zip(*read_texts(options.data, "prompt"))
-    prompts, train = [encode(tokenizer, text) for text in texts], split([is_held_out(text) for text in texts], options)
+    prompts, train = [encode(tokenizer, text) for text in texts], held_out_split([is_held_out(text) for text in texts], options)
     report(options.data, len(prompts), {"prompts cut on the left": sum(len(prompt) > room for prompt in prompts),
                                         "prompts held out": int((~train).sum()), "duplicates": len(texts) - len(set(texts))})
     prompts = [np.array(prompt[-room:], np.int32) for prompt in prompts]
     ppo = PPO(options.beta, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
-    updates = options.ppo_epochs * (ppo.rollout // ppo.minibatch)
-    training, run = plan(options, int(train.sum()), policy.config.n_embd, np.array(lines)[train],
-                         exporter(policy, tokenizer, options.out, "policy."))
-    training = replace(training, steps=options.steps or training.steps * updates)
+    training, run = plan(options, policy, tokenizer, np.array(lines)[train], "policy.")
+    training = replace(training, steps=options.steps or training.steps * ppo.epochs * (ppo.rollout // ppo.minibatch), eps=1e-5)
     reward = lambda prompts, completions: score_completions(reward_model, prompts, completions)
     train_ppo(policy, critic, reference, [prompts[i] for i in np.flatnonzero(train)], reward, ppo, training, run=run)
     rest = [prompts[i] for i in np.flatnonzero(~train)[:256]]
@@ -2302,49 +2294,63 @@ def stage_sample(options, device) -> dict:
     return {}
 
 
-STAGES = {  # name: (function, one line, the options it takes besides those that all take)
-    "sft": (stage_sft, "imitate texts", "data init? model train"), "dpo": (stage_dpo, "learn from preferences", "data init reference loss train"),
-    "rm": (stage_rm, "fit a reward model", "data init train"), "ppo": (stage_ppo, "maximise a reward model", "data init ppo train"),
-    "eval": (stage_eval, "held-out preference accuracy and margins", "data init reference"),
-    "sample": (stage_sample, "completions, side by side", "inits reference sample")}
-positive = lambda kind: lambda text: kind(text) if kind(text) > 0 else int("must be positive")
-OPTIONS = {
-    "data": [("--data", dict(required=True, type=Path, help="JSONL: {prompt, chosen, rejected}, {text} for sft, {prompt} for ppo")),
-             ("--all", dict(action="store_true", help="use every row: no tenth of the prompts is held out")),
-             ("--skip-long", dict(action="store_true", help="leave out pairs with a completion that does not fit, and count them"))],
-    "init": [("--init", dict(required=True, help="the model to start from: a directory, or gpt2, gpt2-medium, gpt2-large"))],
-    "init?": [("--init", dict(help="start from this directory, gpt2, gpt2-medium or gpt2-large; else from scratch"))],
-    "inits": [("--init", dict(required=True, action="append", help="a model; again for each further one"))],
-    "reference": [("--reference", dict(help="the reference policy; else --init, the first one"))],
-    "model": [("--vocab-size", dict(type=positive(int), default=512, help="from scratch: tokens of the byte-pair encoding")),
-              ("--block-size", dict(type=positive(int), default=256, help="from scratch: longest sequence, in tokens")),
-              ("--n-layer", dict(type=positive(int), default=4, help="from scratch: layers")),
-              ("--n-head", dict(type=positive(int), default=4, help="from scratch: attention heads")),
-              ("--n-embd", dict(type=positive(int), default=128, help="from scratch: width")),
-              ("--dropout", dict(type=float, default=0.0, help="from scratch: share of units dropped in training"))],
-    "loss": [("--loss", dict(choices=LOSSES, default="dpo", help="one of the losses of section 9")),
-             ("--hyper", dict(action="append", default=[], metavar="NAME=VALUE", help="a setting of the loss, such as label_smoothing=0.1"))],
-    "ppo": [("--reward", dict(required=True, help="the reward model's directory")),
-            ("--ppo-epochs", dict(type=positive(int), default=4, help="passes over a rollout of --batch-size completions")),
-            ("--minibatch", dict(type=positive(int), help="completions of one optimiser step; else the whole rollout")),
-            ("--max-new-tokens", dict(type=positive(int), default=48, help="longest completion"))],
-    "sample": [("--prompt", dict(required=True, action="append", help="a text to go on from; again for each further one")),
-               ("--n", dict(type=positive(int), default=1, help="completions of each prompt")),
-               ("--max-new-tokens", dict(type=positive(int), default=48, help="longest completion")),
-               ("--temperature", dict(type=float, default=1.0, help="0 is greedy")),
-               ("--top-k", dict(type=int, default=0, help="only the k likeliest tokens; 0 is all")),
-               ("--top-p", dict(type=float, default=1.0, help="only the likeliest tokens that hold this share"))],
-    "train": [("--out", dict(required=True, type=Path, help="directory for the model, its checkpoint and metrics.jsonl")),
-              ("--resume", dict(action="store_true", help="go on from --out's checkpoint, if there is one")),
-              ("--overwrite", dict(action="store_true", help="write into --out though it is not empty")),
-              ("--save-every", dict(type=positive(int), default=100, help="steps between checkpoints")),
-              ("--epochs", dict(type=positive(float), default=1.0, help="passes over the data")),
-              ("--steps", dict(type=positive(int), help="optimiser steps, instead of --epochs")),
-              ("--batch-size", dict(type=positive(int), default=64, help="rows of one step, of all processes together")),
-              ("--micro-batch", dict(type=positive(int), help="rows of one forward pass; less memory, same gradient")),
-              ("--learning-rate", dict(type=positive(float), help="its peak; by default after the stage and the model's width")),
-              ("--fsdp", dict(action="store_true", help="under torchrun: shard the model (FSDP2) instead of copying it (DDP)")),
-              ("--compile", dict(action="store_true", help="torch.compile the model"))]}
+TRAIN = " out resume overwrite save-every epochs steps batch-size micro-batch learning-rate fsdp compile"
+STAGES = {                              # name: (function, one line, its options); all take --seed and --beta
+    "sft": (stage_sft, "imitate texts", "data init? all vocab-size block-size n-layer n-head n-embd dropout" + TRAIN),
+    "dpo": (stage_dpo, "learn from preferences", "data init reference all skip-long loss hyper" + TRAIN),
+    "rm": (stage_rm, "fit a reward model", "data init all skip-long" + TRAIN),
+    "ppo": (stage_ppo, "maximise a reward model", "data init all reward ppo-epochs minibatch max-new-tokens" + TRAIN),
+    "eval": (stage_eval, "held-out preference accuracy and margins", "data init reference all skip-long"),
+    "sample": (stage_sample, "completions, side by side", "init+ reference prompt n max-new-tokens temperature top-k top-p")}
+OPTIONS = {                             # name: (default, help). A type: no default. False: a switch. Some must be given, see MUST
+    "data": (Path, "JSONL: {prompt, chosen, rejected}, {text} for sft, {prompt} for ppo"),
+    "out": (Path, "directory for the model, its checkpoint and metrics.jsonl"),
+    "init": (str, "the model to start from: a directory, or gpt2, gpt2-medium, gpt2-large"),
+    "init?": (str, "start from this directory, gpt2, gpt2-medium or gpt2-large; else from scratch"),
+    "init+": ([], "a model; again for each further one"),
+    "reference": (str, "the reference policy; else --init, the first one"),
+    "reward": (str, "the reward model's directory"),
+    "prompt": ([], "a text to go on from; again for each further one"),
+    "all": (False, "use every row: no tenth of the prompts is held out"),
+    "skip-long": (False, "leave out pairs with a completion that does not fit, and count them"),
+    "loss": ("dpo", f"one of {', '.join(LOSSES)}"),
+    "hyper": ([], "NAME=VALUE, a setting of the loss, such as label_smoothing=0.1"),
+    "vocab-size": (512, "from scratch: tokens of the byte-pair encoding"),
+    "block-size": (256, "from scratch: longest sequence, in tokens"),
+    "n-layer": (4, "from scratch: layers"), "n-head": (4, "from scratch: attention heads"), "n-embd": (128, "from scratch: width"),
+    "dropout": (0.0, "from scratch: share of units dropped in training"),
+    "resume": (False, "go on from --out's checkpoint, if there is one"),
+    "overwrite": (False, "write into --out though it is not empty"),
+    "save-every": (100, "steps between checkpoints"),
+    "epochs": (1.0, "passes over the data"),
+    "steps": (int, "optimiser steps, instead of --epochs"),
+    "batch-size": (64, "rows of one step, of all processes together"),
+    "micro-batch": (int, "rows of one forward pass; less memory, same gradient"),
+    "learning-rate": (float, "its peak; by default after the stage and the model's width"),
+    "fsdp": (False, "under torchrun: shard the model (FSDP2) instead of copying it (DDP)"),
+    "compile": (False, "torch.compile the model"),
+    "ppo-epochs": (4, "passes over a rollout of --batch-size completions"),
+    "minibatch": (int, "completions of one optimiser step; else the whole rollout"),
+    "max-new-tokens": (48, "longest completion"), "n": (1, "completions of each prompt"),
+    "temperature": (1.0, "0 is greedy"), "top-k": (0, "only the k likeliest tokens; 0 is all"),
+    "top-p": (1.0, "only the likeliest tokens that hold this share"),
+    "seed": (0, "one seed gives the same numbers again on the same machine"),
+    "beta": (0.1, "weight of the KL, in reward units per nat")}
+MUST, ZERO = ("data", "out", "init", "init+", "reward", "prompt"), ("seed", "top-k", "temperature", "dropout")    # must be given; may be 0
+
+
+def add_option(parser, name: str):
+    default, text = OPTIONS[name]
+    kind = default if isinstance(default, type) else type(default)
+
+    def number(value):
+        if not 0 <= kind(value) < math.inf or kind(value) == 0 and name not in ZERO:
+            raise argparse.ArgumentTypeError(f"{value} is out of range")
+        return kind(value)
+    how = ({"action": "store_true"} if default is False else {"action": "append", "default": []} if default == [] else
+           {"type": number if kind in (int, float) else kind, "default": None if isinstance(default, type) else default})
+    parser.add_argument("--" + name.rstrip("?+"), help=text, **how, **({"required": True} if name in MUST else {}),
+                        **({"choices": LOSSES} if name == "loss" else {}))
 
 
 def run_stage(options):
@@ -2383,13 +2389,11 @@ def main(arguments=None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the results")
     stages = parser.add_subparsers(dest="stage", title="on your own data")
-    for name, (_, line, groups) in STAGES.items():
+    for name, (_, line, names) in STAGES.items():
         stage = stages.add_parser(name, help=line, description=line)
-        stage.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
-        stage.add_argument("--beta", type=float, default=0.1, help="weight of the KL, in reward units per nat")
         stage.set_defaults(out=None)
-        for flag, settings in [option for group in groups.split() for option in OPTIONS[group]]:
-            stage.add_argument(flag, **settings)
+        for option in (names + " seed beta").split():
+            add_option(stage, option)
     options = parser.parse_args(arguments)
     code, scale, note = 0, *((FAST, "fast run, less precise") if options.fast else (Scale(), ""))
     try:
