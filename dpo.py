@@ -46,6 +46,7 @@ import signal
 import sys
 import time
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -546,11 +547,12 @@ def sequence_logps(model, tokens, mask):
 
 
 @torch.no_grad()
-def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512) -> torch.Tensor:
-    """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. Like lengths go together."""
+def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512, rows=None) -> torch.Tensor:
+    """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. rows: of these alone, 0 for
+    the others. Like lengths go together."""
     model.eval()
-    device, values = next(model.parameters()).device, torch.empty(len(prompts))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
+    device, values = next(model.parameters()).device, torch.zeros(len(prompts))
+    order = sorted(range(len(prompts)) if rows is None else rows, key=lambda i: len(prompts[i]) + len(completions[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         with mixed_precision(device):
@@ -563,9 +565,9 @@ def mixed_precision(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
 
 
-def completion_logps(model, prompts: list, completions: list, batch_size: int = 512) -> torch.Tensor:
-    """log pi(completion | prompt) of lists of ids, without gradient -> (n,)."""
-    return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions, min(batch_size, 512))
+def completion_logps(model, prompts: list, completions: list, **options) -> torch.Tensor:
+    """log pi(completion | prompt) of lists of ids, without gradient -> (n,). options: of `in_batches`."""
+    return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions, **options)
 
 
 @torch.no_grad()
@@ -1056,11 +1058,29 @@ def text_field(record: dict, name: str, where: str) -> str:
     return value
 
 
+class Rows:
+    """Lists of token ids, one behind the other in one array, two bytes a token where the vocabulary allows: little more memory
+    than the ids themselves, where a list of lists takes many times that."""
+
+    def __init__(self, vocab_size: int):
+        self.ids, self.ends = array("H" if vocab_size <= 2 ** 16 else "i"), array("q", [0])
+
+    def append(self, ids):
+        self.ids.extend(ids)
+        self.ends.append(len(self.ids))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        return np.array(self.ids[self.ends[i]:self.ends[i + 1]])
+
+
 @dataclass
 class Pairs:
     """Tokenised preferences. Each distinct (prompt, completion) is one row, however many pairs it stands in."""
-    prompts: list                       # (R) ids of each row's prompt
-    completions: list                   # (R) ids of each row's completion, EOS last
+    prompts: Rows                       # (R) ids of each row's prompt; a list of lists will do
+    completions: Rows                   # (R) ids of each row's completion, EOS last
     chosen: np.ndarray                  # (N,) each pair's rows
     rejected: np.ndarray                # (N,)
     prompt_index: np.ndarray            # (N,) which prompt a pair belongs to
@@ -1072,53 +1092,55 @@ class Pairs:
         return len(self.chosen)
 
     def subset(self, which):
-        """The pairs where `which` (N,) is true, and no rows but theirs."""
-        rows, position = np.unique(np.concatenate([self.chosen[which], self.rejected[which]]), return_inverse=True)
-        prompts, completions = ([side[row] for row in rows] for side in (self.prompts, self.completions))
-        return Pairs(prompts, completions, *np.split(position, 2), self.prompt_index[which], self.lines[which])
+        """The pairs `which`: a mask (N,) or a slice."""
+        of = lambda values: None if values is None else values[which]
+        return replace(self, chosen=of(self.chosen), rejected=of(self.rejected), prompt_index=of(self.prompt_index), lines=of(self.lines))
+
+    def rows(self):
+        """The rows that stand in a pair."""
+        return np.unique(np.concatenate([self.chosen, self.rejected]))
 
 
 def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long=False) -> Pairs:
     """Tokenise prompt and completion apart and put EOS behind the completion: so a prompt's ids are always a prefix of the
-    whole. A prompt too long for the block is cut on the left; a completion that does not fit is a ValueError, "path:line: ...",
-    or its pair is left out. Texts are forgotten as soon as their ids are known: only 16 bytes of hash tell known ones."""
-    rows, seen_prompts, prompts, completions = {}, {}, [], []
-    index = {name: [] for name in ("chosen", "rejected", "prompt", "line", "held_out")}
-    cut, counts = set(), {"pairs with a cut prompt": 0, "pairs left out, too long": 0}
-    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32              # GPT-2's ids fit in two bytes
+    whole. A prompt too long for the block is cut on the left. A completion that does not fit is a ValueError, "path:line: ...",
+    or its pair is left out. Texts are forgotten as soon as their ids are known: 16 bytes of hash tell known ones."""
+    prompts, completions, row_of, prompt_number = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), {}, {}
+    index, cut, left_out = [], set(), 0
     digest = lambda *texts: hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
-    for number, preference in enumerate(preferences, 1):
-        sides = {}
-        for side in ("chosen", "rejected"):
-            text = getattr(preference, side)
-            key = digest(f"{len(preference.prompt)}", preference.prompt, text)
-            if key not in rows:
-                completion = np.array([*encode(tokenizer, text), tokenizer.eot_token], dtype)
-                if len(completion) >= block_size:
-                    if skip_long:
-                        break
-                    raise ValueError(f"{path}:{preference.line or number}: the {side} completion has {len(completion)} tokens, EOS "
-                                     f"included; with a prompt they must fit in {block_size} (--skip-long leaves such pairs out)")
-                prompt = encode(tokenizer, preference.prompt)
-                room = block_size - len(completion)
-                cut |= {len(prompts)} if len(prompt) > room else set()
-                if not prompt:
-                    raise ValueError(f"{path}:{preference.line or number}: the prompt is empty, and the first token needs something to follow")
-                rows[key] = len(prompts)
-                prompts.append(np.array(prompt[-room:], dtype))
-                completions.append(completion)
-            sides[side] = rows[key]
-        if len(sides) < 2:
-            counts["pairs left out, too long"] += 1
-            continue
-        counts["pairs with a cut prompt"] += not cut.isdisjoint(sides.values())
-        index["prompt"].append(seen_prompts.setdefault(digest(preference.prompt), len(seen_prompts)))
-        for name, value in (*sides.items(), ("line", preference.line), ("held_out", is_held_out(preference.prompt))):
-            index[name].append(value)
-    index = {name: np.array(values) for name, values in index.items()}
-    counts["pairs with chosen == rejected"] = int((index["chosen"] == index["rejected"]).sum())
-    counts["duplicates"] = len(index["line"]) - len(np.unique(np.stack([index["chosen"], index["rejected"]]), axis=1).T)
-    return Pairs(prompts, completions, *index.values(), counts)
+
+    def row(prompt: str, completion: str, where: str, side: str):
+        key = digest(str(len(prompt)), prompt, completion)
+        if key not in row_of:
+            ids, end = encode(tokenizer, prompt), [*encode(tokenizer, completion), tokenizer.eot_token]
+            room = block_size - len(end)
+            if not ids:
+                raise ValueError(f"{where}: the prompt is empty, and the first token needs something to follow")
+            if room < 1 and skip_long:
+                return None
+            if room < 1:
+                raise ValueError(f"{where}: the {side} completion has {len(end)} tokens; with a prompt it must fit in {block_size} "
+                                 "(--skip-long leaves such pairs out)")
+            if len(ids) > room:
+                cut.add(len(prompts))
+            row_of[key] = len(prompts)
+            prompts.append(ids[-room:])
+            completions.append(end)
+        return row_of[key]
+
+    for number, pair in enumerate(preferences, 1):
+        rows = [row(pair.prompt, getattr(pair, side), f"{path}:{pair.line or number}", side) for side in ("chosen", "rejected")]
+        if None in rows:
+            left_out += 1
+        else:
+            key = prompt_number.setdefault(digest(pair.prompt), len(prompt_number))
+            index.append((*rows, key, pair.line or number, is_held_out(pair.prompt)))
+    chosen, rejected, prompt_index, lines, held_out = np.array(index).reshape(-1, 5).T
+    counts = {"duplicates": len(index) - len(np.unique(np.stack([chosen, rejected]), axis=1).T),
+              "pairs with chosen == rejected": int((chosen == rejected).sum()),
+              "pairs with a cut prompt": int(np.isin(np.stack([chosen, rejected]), list(cut)).any(0).sum()),
+              "pairs left out, too long": left_out}
+    return Pairs(prompts, completions, chosen, rejected, prompt_index, lines, held_out.astype(bool), counts)
 
 
 def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
@@ -1224,7 +1246,8 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
     asked once, before the first step.
     """
     device, rows = next(model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
-    reference_logps = completion_logps(reference, pairs.prompts, pairs.completions, training.micro_batch).to(device)   # (R,)
+    reference_logps = completion_logps(reference, pairs.prompts, pairs.completions, batch_size=min(512, 2 * training.micro_batch),
+                                       rows=pairs.rows()).to(device)                                  # (R,)
     lengths = torch.tensor([len(completion) for completion in pairs.completions], device=device)      # (R,)
 
     def preference_loss(model, batch):
@@ -1404,9 +1427,9 @@ def train_reward_model(reward_model, pairs: Pairs, training: Training, **options
     return fit("reward model", reward_model, batches, loss, training, **options)
 
 
-def score_completions(reward_model, prompts: list, completions: list) -> torch.Tensor:
-    """Scores of lists of ids, without gradient -> (n,)."""
-    return in_batches(lambda tokens, mask: reward_scores(reward_model, tokens, mask), reward_model, prompts, completions)
+def score_completions(reward_model, prompts: list, completions: list, **options) -> torch.Tensor:
+    """Scores of lists of ids, without gradient -> (n,). options: of `in_batches`."""
+    return in_batches(lambda tokens, mask: reward_scores(reward_model, tokens, mask), reward_model, prompts, completions, **options)
 
 
 # PPO. The policy's move is the next token, its state the text so far. In numbers:
@@ -1717,17 +1740,16 @@ class Scale:
     sft_steps: int = 2400               # of 32 reviews
     prompts: int = 8192
     per_prompt: int = 8                 # completions of each, so 28 pairs: 229,376 pairs
-    prompts_a_step: int = 16            # of preference training, with all their pairs
-    dpo_steps: int = 768                # one and a half passes
-    reward_model_steps: int = 512
-    baseline_steps: int = 128           # Preferred-FT, Unlikelihood
+    dpo_steps: int = 768                # of 16 prompts with all their pairs: one and a half passes
+    reward_model_steps: int = 1536      # of 8 prompts
+    baseline_steps: int = 128           # of 16 prompts: Preferred-FT, Unlikelihood
     ppo_rollouts: int = 80              # of 256 completions
     held_out: int = 96                  # prompts of the evaluation
     samples: int = 32                   # completions of each, per method
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
 
 
-FAST = Scale(sft_steps=700, prompts=1024, dpo_steps=96, reward_model_steps=96, baseline_steps=32, ppo_rollouts=10,
+FAST = Scale(sft_steps=700, prompts=1024, dpo_steps=96, reward_model_steps=192, baseline_steps=32, ppo_rollouts=10,
              held_out=48, samples=16, limit_samples=256)
 
 
@@ -1782,17 +1804,15 @@ def with_scalar_head(model: GPT) -> GPT:
     return copied
 
 
-def preference_training(world: World, steps: int, learning_rate: float) -> Training:
-    """Whole prompts a step, with all their pairs, so that each completion passes the model once."""
-    per_prompt = math.comb(world.scale.per_prompt, 2)
-    return Training(steps, learning_rate, batch_size=world.scale.prompts_a_step * per_prompt, seed=world.seed)
+def preference_training(world: World, steps: int, learning_rate: float, prompts: int) -> Training:
+    """`prompts` prompts a step with all their pairs, so that each completion passes the model once."""
+    return Training(steps, learning_rate, batch_size=prompts * math.comb(world.scale.per_prompt, 2), seed=world.seed)
 
 
 def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None, n_pairs=None, **hyper) -> GPT:
     """A copy of the SFT policy trained on the world's preferences, or on the first n_pairs of them."""
-    policy, pairs = copy.deepcopy(world.reference), world.pairs
-    pairs = replace(pairs, **{name: getattr(pairs, name)[:n_pairs] for name in ("chosen", "rejected", "prompt_index")})
-    training = preference_training(world, steps or world.scale.dpo_steps, 1.4e-3)
+    policy, pairs = copy.deepcopy(world.reference), world.pairs.subset(slice(n_pairs))
+    training = preference_training(world, steps or world.scale.dpo_steps, 1.4e-3, prompts=16)
 
     def look(logs):                                                              # eight times: KL and length of 256 samples
         if logs["step"] % max(1, training.steps // 8) == 0:
@@ -1807,7 +1827,7 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
 def run_reward_model(world: World) -> GPT:
     """A reward model fitted to the world's preferences, from the SFT policy's body. Its accuracy goes to world.checks."""
     reward_model = with_scalar_head(world.reference)
-    training = preference_training(world, world.scale.reward_model_steps, 2e-3)
+    training = preference_training(world, world.scale.reward_model_steps, 2e-3, prompts=8)
     world.histories["reward model"] = train_reward_model(reward_model, world.pairs, training)
     world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"] = reward_model_accuracy(reward_model, world)
     return reward_model
@@ -1844,10 +1864,10 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
 
     def watch(prompts, completions):
         return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
-    sample = raw(*([ids.tolist() for ids in rows[:4096]] for rows in (world.pairs.prompts, world.pairs.completions)))
+    sample = raw(*([rows[i].tolist() for i in range(min(4096, len(rows)))] for rows in (world.pairs.prompts, world.pairs.completions)))
     mean, std = sample.mean(), sample.std()
     ppo = PPO(beta=beta / std.item(), max_new_tokens=MAX_NEW_TOKENS, **settings)
-    training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, seed=world.seed)
+    training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, eps=1e-5, seed=world.seed)
     policy = copy.deepcopy(world.reference)
     world.histories[stage] = train_ppo(policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
                                        lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch)
@@ -2179,7 +2199,7 @@ def stage_sft(options, device) -> dict:
         sample = [text for i, (_, text) in enumerate(read_texts(options.data, "text")) if i < 20_000]     # all are checked
         tokenizer = train_tokenizer(sample, options.vocab_size)
         model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd, options.dropout)).to(device)
-    texts, lines, held_out, seen, cut, size = [], [], [], set(), 0, model.config.block_size
+    texts, lines, held_out, seen, cut, size = Rows(tokenizer.n_vocab), [], [], set(), 0, model.config.block_size
     for line, text in read_texts(options.data, "text"):
         ids = [*encode(tokenizer, text), tokenizer.eot_token]
         pieces = [ids[start:start + size] for start in range(0, len(ids), size)]
@@ -2187,7 +2207,7 @@ def stage_sft(options, device) -> dict:
         cut += len(pieces) > 1
         seen.add(hashlib.blake2b(text.encode(), digest_size=16).digest())
         for piece in pieces:
-            texts.append(np.array(piece, np.int32)), lines.append(line), held_out.append(is_held_out(text))
+            texts.append(piece), lines.append(line), held_out.append(is_held_out(text))
     train = held_out_split(held_out, options)
     report(options.data, len(texts), {"texts longer than the block, cut into pieces": cut, "rows held out": int((~train).sum()),
                                       "duplicates": len(set(lines)) - len(seen)})
@@ -2226,10 +2246,10 @@ def compare(model, reference, pairs: Pairs, beta: float) -> dict:
     """Accuracy and margin, with standard errors, of the rewards that a policy implies or that a reward model gives."""
     more = {}
     if model.score is not None:
-        rewards = score_completions(model, pairs.prompts, pairs.completions)                              # (R,)
+        rewards = score_completions(model, pairs.prompts, pairs.completions, rows=pairs.rows())            # (R,)
         margins = rewards[pairs.chosen] - rewards[pairs.rejected]                                         # (N,)
     else:
-        logps = [completion_logps(m, pairs.prompts, pairs.completions) for m in (model, reference)]
+        logps = [completion_logps(m, pairs.prompts, pairs.completions, rows=pairs.rows()) for m in (model, reference)]
         losses, chosen, rejected = dpo_loss(*(side[rows] for side in logps for rows in (pairs.chosen, pairs.rejected)), beta)
         margins, more = chosen - rejected, {"loss": losses.mean().item(), "chosen_reward": chosen.mean().item(),
                                             "rejected_reward": rejected.mean().item()}
@@ -2397,6 +2417,8 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     code, scale, note = 0, *((FAST, "fast run, less precise") if options.fast else (Scale(), ""))
     try:
+        if not options.stage:
+            options.out.mkdir(parents=True, exist_ok=True)
         if options.stage:
             run_stage(options)
         elif options.sweep:

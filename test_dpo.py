@@ -31,6 +31,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -2351,6 +2352,36 @@ def test_a_dead_process_ends_all(world, tmp_path):
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] >= 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
+def test_two_processes_stop_and_go_on(world, tmp_path, flags):
+    """SIGTERM to torchrun, as a cluster sends it: both processes end after the same step, saved and said. One process or two go on
+    from there, Adam's moments included, and give the losses of an unbroken run to 1e-5. Rejected: a run that begins anew."""
+    steps = [48 if argument == 12 else argument for argument in command(world, "dpo")]
+    assert run(*steps, "--out", tmp_path / "whole") == 0
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", dpo.__file__,
+                            *map(str, steps), *flags, "--save-every", "1", "--out", tmp_path / "two"],
+                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "two" / "checkpoint.pt").exists() and job.poll() is None:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=100)
+    done = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["step"]
+    assert done == 48 or "--resume goes on from there" in said and job.returncode, said
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    assert torchrun(*steps, *flags, "--resume", "--out", tmp_path / "two").returncode == 0
+    assert run(*steps, "--resume", "--out", tmp_path / "one") == 0
+
+    def check(directory):
+        rows, expected = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()[:-1]] for path in (directory, tmp_path / "whole"))
+        close(column(rows, "loss"), column(expected, "loss"), tolerance=1e-5)
+    check(tmp_path / "two")
+    check(tmp_path / "one")
+    torch.save({**torch.load(tmp_path / "one" / "checkpoint.pt", weights_only=True), "step": 10}, tmp_path / "one" / "checkpoint.pt")
+    assert run(*steps, "--resume", "--out", tmp_path / "one") == 0               # the end's weights at step 10
+    rejects(check, tmp_path / "one")
+
+
 PAIR = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
 
 
@@ -2518,7 +2549,7 @@ def test_split_is_by_prompt():
 
     def check(held_out):
         train, rest = pairs.subset(~held_out), pairs.subset(held_out)
-        assert not set(train.prompt_index) & set(rest.prompt_index) and len(train) + len(rest) == 1000 and 50 <= len(rest) <= 150
+        assert not set(train.rows()) & set(rest.rows()) and not set(train.prompt_index) & set(rest.prompt_index) and len(train) + len(rest) == 1000 and 50 <= len(rest) <= 150
         side = lambda part, i: bytes(part.completions[part.chosen[i]].astype(np.uint8)[:-1]).decode()
         assert side(rest, 0) == f"a{rest.lines[0] - 1}"
     check(pairs.held_out)
