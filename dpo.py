@@ -1,12 +1,15 @@
 """Direct Preference Optimization, complete, in one file.
 
-A small GPT learns to write reviews (SFT), is asked for pairs of them, and learns from labels which of two is better: once by
-DPO (arXiv 2305.18290), and once the long way round, by a reward model and PPO (RLHF). The reviews come from a small language
-whose true reward is known, so each method is measured against the best that any method could do: the analytic limit.
+A small GPT learns to write reviews (supervised fine-tuning, SFT), is asked for several of each beginning, and learns from labels
+which of two is better: once by DPO (arXiv 2305.18290), and once the long way round, by a reward model and PPO (reinforcement
+learning from human feedback, RLHF). The reviews come from a small language whose true reward is known, so each method is
+measured against the best that any method could do: the analytic limit.
 
     python dpo.py             the whole comparison on two CPU cores, offline, 2 minutes; figures and numbers in out/
     python dpo.py --fast      the same story in half a minute, less precise
     python dpo.py --sweep     several betas, numbers of pairs and seeds, 20 minutes: the figures of the README
+
+    python dpo.py sft|dpo|rm|ppo|eval|sample --help      the same stages on your own data, from scratch or from GPT-2
 
 Read from top to bottom; each section uses only what stands above it.
 
@@ -20,10 +23,11 @@ Read from top to bottom; each section uses only what stands above it.
     paper                             here
     x, y, y_w, y_l                    prompt, completion, chosen, rejected
     pi_theta, pi_ref                  policy (or model), reference
-    log pi(y|x)                       sequence_logps: the sum over the completion's tokens, EOS included
+    log pi(y|x)                       sequence_logps: the sum over the completion's tokens, the end-of-sequence token EOS included
     r(x,y)                            gold_reward (the truth), reward_scores (learnt)
     r^ = beta log(pi/pi_ref)          chosen_rewards, rejected_rewards of dpo_loss
-    beta                              beta: reward units per nat of KL
+    KL(pi || pi_ref)                  kl: how far pi departs from pi_ref, E_pi[log(pi/pi_ref)], in nats (natural logarithms)
+    beta                              beta: the price of a nat of KL, in units of reward
     sigma                             F.logsigmoid is its log
     pi* = pi_ref e^{r/beta} / Z       analytic_limit
 """
@@ -177,7 +181,8 @@ def cut_review(rng: random.Random, review: str) -> tuple[str, str]:
 
 
 def is_held_out(prompt: str) -> bool:
-    """One prompt in ten is kept for evaluation, by a hash of its text: the same text is always on the same side."""
+    """One prompt in ten is kept for evaluation, by a hash of its text: the same text is always on the same side. No method sees
+    its preferences or rewards; the SFT corpus is the language itself and knows no sides."""
     return zlib.crc32(prompt.encode()) % 10 == 0
 
 
@@ -546,6 +551,11 @@ def sequence_logps(model, tokens, mask):
     return token_logps(model, tokens, mask).sum(1)
 
 
+def progress_bar(shown: bool, *arguments, **options):
+    """tqdm's bar, gone when done. TQDM_DISABLE=1 in the environment hides them all."""
+    return tqdm(*arguments, mininterval=0.5, leave=False, **options, **({} if shown else {"disable": True}))
+
+
 @torch.no_grad()
 def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512, rows=None) -> torch.Tensor:
     """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. rows: of these alone, 0 for
@@ -589,7 +599,7 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))           # rows of one batch have similar prompts
     completions = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="text", leave=False) as bar:
+    with progress_bar(progress is not None, total=len(prompts), desc=progress, unit="text") as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             batch = [prompts[i][-room:] for i in rows]
@@ -796,8 +806,8 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0))
     first = run.start(saved, parameters, optimizer, schedule, memory)
-    with stop_signals(run.out is not None) as told_to_stop, tqdm(range(first, training.steps), stage, disable=quiet or process()[0] > 0,
-                                                                 mininterval=0.5, leave=False, initial=first, total=training.steps) as bar:
+    with stop_signals(run.out is not None) as told_to_stop, progress_bar(
+            not quiet and process()[0] == 0, range(first, training.steps), desc=stage, initial=first, total=training.steps) as bar:
         for step in bar:
             micro_batches = batches(step)
             model.train(dropout)                                                 # batches() may have sampled from the model
@@ -913,7 +923,8 @@ def shuffled(n: int, training: Training, groups=None):
 
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
-        return np.argsort(np.random.default_rng([training.seed, epoch]).permutation(groups.max() + 1)[groups], kind="stable")
+        place = np.random.default_rng([training.seed, epoch]).permutation(groups.max() + 1)       # of each group in this epoch
+        return np.argsort(place[groups], kind="stable")                          # the rows, group by group in that order
 
     def rows(step):
         positions = range(step * training.batch_size, (step + 1) * training.batch_size)
@@ -1163,7 +1174,8 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 # Symbols: x prompt, y completion, y_w and y_l the chosen (winner) and the rejected (loser), pi the policy we train,
 # pi_ref the frozen reference, r the reward, s(z) = 1 / (1 + e^-z) the logistic function.
 #
-# (1) The objective of RLHF [Eq 3]: much reward, little departure from the reference. beta prices the departure.
+# (1) The objective of RLHF [Eq 3]: much reward, little departure from the reference. beta prices the departure, which is
+#     measured by the Kullback-Leibler divergence KL( pi || pi_ref ) = E_{y~pi}[ log pi(y|x) - log pi_ref(y|x) ].
 #         max_pi  E_{y~pi}[ r(x,y) ] - beta KL( pi(.|x) || pi_ref(.|x) )                     [test_rlhf_objective_optimum]
 #
 # (2) Its exact solution [Eq 4]. Write both terms as one expectation and take out the factor -beta:
@@ -1189,7 +1201,7 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #     reward [Theorem 1]; with labels without end the minimum has h = (r_w - r_l)/beta, and that is the pi* of (2).
 #     At the start pi = pi_ref, so h = 0 and the loss is log 2 = 0.6931 whatever the data.   [test_loss_starts_at_log_2]
 #
-# The gradient, by hand. Let z = beta h. Since d/dz log s(z) = 1 - s(z) = s(-z), the chain rule gives
+# The gradient, by hand. Let z = beta h. Since d/dz log s(z) = 1 - s(z) = s(-z), and dz = beta dh, the chain rule gives
 #
 # (6)     grad L = -beta  s(r^_l - r^_w)  ( grad log pi(y_w|x)  -  grad log pi(y_l|x) ),     r^ = beta log(pi/pi_ref)
 #                        \___________/      \________________/      \________________/
@@ -1609,7 +1621,8 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
 # can be estimated without training anything:
 #     E_{pi*}[r]          = sum_k softmax(r/beta)_k r_k
 #     KL(pi* || pi_ref)   = E_{pi*}[r]/beta - log mean_k e^{r_k/beta}                               [test_analytic_limit]
-# As beta falls these trace the analytic limit: at its KL, no policy has more reward.
+# As beta falls these trace the analytic limit: at its KL, no policy has more reward (beta is the Lagrange multiplier of the
+# constraint on the KL, one for all prompts). From K samples the limit comes out low, by a share that falls as 1/K.
 
 
 @dataclass
@@ -1723,7 +1736,7 @@ def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, sa
     """
     ids = [encode(tokenizer, prompt) for prompt, _ in prompts for _ in range(samples)]
     completions = generate(policy, ids, max_new_tokens, progress=progress)
-    kl = (completion_logps(policy, ids, completions) - completion_logps(reference, ids, completions)).numpy()
+    kl = kl_estimates(completion_logps(policy, ids, completions), completion_logps(reference, ids, completions))[0].numpy()
     return summarise(frontier, kl.reshape(-1, samples).mean(1), judge(tokenizer, prompts, completions))
 
 
