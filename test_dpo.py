@@ -2750,3 +2750,28 @@ def test_too_long_for_the_block_is_said():
     with pytest.raises(ValueError, match="9 tokens do not fit in a block of 8"):
         model(torch.zeros(1, 9, dtype=torch.long))
     assert model(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, 11)
+
+
+# ======================================================================================================================
+# 6. The notebooks: executed from scratch
+# ======================================================================================================================
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stored_executed(path):
+    """A notebook is stored with its results and without errors, in 400 KB at most."""
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code), f"{path.name}: not executed from the first cell to the last"
+    assert not any(output["output_type"] == "error" for cell in code for output in cell["outputs"])
+    assert path.stat().st_size <= 400_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path):
+    """Every cell runs in a new kernel; what the prose states is asserted in the cells themselves."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    nbclient.NotebookClient(nbformat.read(path, 4), timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
