@@ -378,7 +378,8 @@ class GPT(nn.Module):
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel" if self.score is None else "GPT2ForSequenceClassification"],
             "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
             "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "activation_function": "gelu_new",
-            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id, "pad_token_id": c.eos_token_id if self.score is None else None,
+            "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id,
+            "pad_token_id": c.eos_token_id if self.score is None else None,
             "tie_word_embeddings": True, **({} if self.score is None else {"num_labels": self.score.out_features})})
 
     @classmethod
@@ -479,7 +480,8 @@ def read_tokenizer(directory) -> tiktoken.Encoding:
     if (directory / "tokenizer.json").is_file():
         saved = json.loads((directory / "tokenizer.json").read_text("utf-8"))
         model, cut = saved["model"], saved.get("pre_tokenizer") or {}
-        if model.get("type", "BPE") != "BPE" or cut.get("type") != "ByteLevel" or cut.get("add_prefix_space") or saved.get("normalizer"):
+        if (model.get("type", "BPE") != "BPE" or cut.get("type") != "ByteLevel" or cut.get("add_prefix_space")
+                or saved.get("normalizer")):
             raise ValueError(f"{directory}: its tokenizer.json is not of GPT-2's kind, a byte-level BPE")
         vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
     else:
@@ -622,7 +624,8 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
         tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
-    cache = torch.empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head, dtype=model.wte.weight.dtype, device=device)
+    cache = torch.empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head, device=device,
+                        dtype=model.wte.weight.dtype)
     t = int(lengths.min())
     new = tokens[:, :t]                                                                         # columns not yet in the cache
     while True:
@@ -799,7 +802,7 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
     saved = run.load()
     if saved:
         model.load_state_dict(saved["model"])
-    losses = spread(model, loss, run)                                            # before the optimiser: FSDP2 replaces parameters
+    losses = spread(model, loss, run)                                            # first, for FSDP2 replaces the parameters
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, (0.9, 0.99), eps=training.eps, weight_decay=0.0, fused=True)
     warmup = max(1, round(training.warmup * training.steps))                     # the smaller of a rising and a falling line
@@ -945,7 +948,8 @@ def train_sft(model, texts: list, training: Training, run: Run | None = None, **
     def batches(step):
         parts = micro_batches_of(rows(step), training)
         padded = [pad([[]] * len(part), [texts[i] for i in part], device) for part in parts]
-        return [{"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum()), "data": part} for part, (tokens, mask) in zip(parts, padded)]
+        return [{"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum()), "data": part}
+                for part, (tokens, mask) in zip(parts, padded)]
 
     def loss(model, batch):
         return -sequence_logps(model, batch["tokens"], batch["mask"]).sum(), {}
@@ -1055,8 +1059,8 @@ def text_field(record: dict, name: str, where: str) -> str:
     value = record.get(name)
     if value is None:
         raise ValueError(f"{where}: field {name!r} is {'null' if name in record else 'missing'}")
-    if isinstance(value, list) and value and all(isinstance(message, dict) and message.keys() >= {"role", "content"}
-                                                 and isinstance(message["role"], str) and isinstance(message["content"], str) for message in value):
+    is_message = lambda item: isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+    if isinstance(value, list) and value and all(map(is_message, value)):
         value = chat_template(value) if any(message["content"].strip() for message in value) else ""
     if not isinstance(value, str):
         raise ValueError(f"{where}: field {name!r} must be a string or a list of {{\"role\", \"content\"}} messages")
@@ -1151,7 +1155,8 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
               "pairs with chosen == rejected": int((chosen == rejected).sum()),
               "pairs with a cut prompt": int(np.isin(np.stack([chosen, rejected]), list(cut)).any(0).sum()),
               "pairs left out, too long": left_out}
-    return Pairs(prompts, completions, chosen, rejected, np.unique(prompt_hash, return_inverse=True)[1], lines, held_out.astype(bool), counts)
+    prompt_index = np.unique(prompt_hash, return_inverse=True)[1]
+    return Pairs(prompts, completions, chosen, rejected, prompt_index, lines, held_out.astype(bool), counts)
 
 
 def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
@@ -1251,7 +1256,8 @@ def right(margins):
     return (margins.sign() + 1) / 2
 
 
-def train_preferences(model, reference, pairs: Pairs, training: Training, beta: float = 0.1, loss=None, hyper=None, stage="DPO", **options):
+def train_preferences(model, reference, pairs: Pairs, training: Training, beta: float = 0.1, loss=None, hyper=None, stage="DPO",
+                      **options):
     """Train `model` in place on preferences against the frozen `reference`; return the history.
 
     loss: a function like those of section 9, with hyper its own settings; None is DPO. The reference never changes, so it is
@@ -1833,7 +1839,8 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
             completions = generate(policy, prompts, MAX_NEW_TOKENS)
             kl = completion_logps(policy, prompts, completions) - completion_logps(world.reference, prompts, completions)
             logs.update(kl=kl.mean().item(), length=float(np.mean([len(completion) for completion in completions])))
-    world.histories[stage] = train_preferences(policy, world.reference, pairs, training, beta, LOSSES[loss], hyper, stage, on_step=look)
+    world.histories[stage] = train_preferences(policy, world.reference, pairs, training, beta, LOSSES[loss], hyper, stage,
+                                               on_step=look)
     return policy
 
 
@@ -1907,7 +1914,8 @@ def measure(world: World, name: str, run, **options) -> tuple[GPT, dict]:
     started = time.time()
     policy = run(world, name, **options)
     seconds = time.time() - started
-    row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, world.scale.samples, MAX_NEW_TOKENS, name)
+    row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, world.scale.samples, MAX_NEW_TOKENS,
+                   progress=name)
     theory_kl, theory_reward = world.frontier.at_beta(options.get("beta", BETA))
     return policy, {**row, "seconds": seconds, "theory_kl": theory_kl, "theory_reward": theory_reward,
                     "kl_over_theory": row["kl"] / theory_kl}
@@ -1991,15 +1999,16 @@ Figures and numbers: {out}/frontier.png, training.png, summary.json. {seconds:.0
 
 
 def sweep(seeds, out: Path, scale: Scale):
-    """Several betas for DPO and PPO, and DPO on fewer pairs, everything redone for each seed; writes sweep.json and sweep.png."""
+    """Several betas for DPO, with twice the demonstration's steps, and for PPO; DPO with fewer pairs and with the demonstration's
+    steps; everything redone for each seed. Writes sweep.json and sweep.png."""
     started, methods, frontiers, accuracies = time.time(), {}, [], []
     for seed in tqdm(seeds, desc="sweep", unit="seed"):
         world = make_world(scale, seed)
         reward_model = run_reward_model(world)
         accuracies.append((world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"]))
         frontiers.append(world.frontier)
-        jobs = [(f"DPO beta={beta:g}", run_preferences, {"beta": beta}) for beta in (4, 2, 1.4, 1.1)]
-        jobs += [(f"DPO beta={BETA:g} pairs={n}", run_preferences, {"n_pairs": n}) for n in (1024, 8192, 32768)]
+        jobs = [(f"DPO beta={beta:g}", run_preferences, {"beta": beta, "steps": 2 * scale.dpo_steps}) for beta in (4, 2, 1.2)]
+        jobs += [(f"DPO beta={BETA:g} pairs={n}", run_preferences, {"n_pairs": n}) for n in (1024, 8192, 32768, len(world.pairs))]
         jobs += [(f"PPO-GT beta={beta:g}", run_ppo, {"beta": beta}) for beta in (4, 2, 1.2)]
         jobs += [(f"PPO-RM beta={beta:g}", run_ppo, {"beta": beta, "reward_model": reward_model}) for beta in (4, 2, 1.2)]
         rows = measure_all(world, jobs)[0] | {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
@@ -2091,13 +2100,12 @@ def plot_sweep(results: dict, path: Path):
     figure, axes = new_figure(1, 2, (12, 4.6))
     draw_frontier(axes[0, 0], results["frontier"], {name: row for name, row in results["means"].items() if "pairs" not in name})
     rows = {int(name.split("pairs=")[1]): row for name, row in results["means"].items() if "pairs=" in name}
-    rows[math.comb(results["config"]["per_prompt"], 2) * results["config"]["prompts"]] = results["means"][f"DPO beta={BETA:g}"]
     for key, label, colour in (("kl_over_theory", "DPO's KL / the KL theory predicts", COLOURS["DPO"]),
                                ("efficiency", "DPO's efficiency", COLOURS["PPO-GT"])):
         axes[0, 1].errorbar(list(rows), [row.get(key, math.nan) for row in rows.values()],
                             [1.96 * (row.get(key + "_se") or 0) for row in rows.values()], fmt="o-", capsize=2, color=colour, label=label)
     axes[0, 1].axhline(1, color="black", lw=0.8, ls=":")
-    axes[0, 1].set(xscale="log", yscale="log", xlabel=f"training pairs (beta {BETA:g}, same number of steps)")
+    axes[0, 1].set(xscale="log", yscale="log", xlabel=f"training pairs (beta {BETA:g}, {results['config']['dpo_steps']} steps)")
     axes[0, 1].legend(fontsize=8)
     figure.savefig(path)
 
@@ -2156,7 +2164,8 @@ def open_model(name: str, device, n_outputs=None, like=None) -> tuple[GPT, tikto
         model, tokenizer = GPT.from_pretrained(directory, n_outputs), read_tokenizer(directory)
     except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
         reason = str(error).strip().replace("\n", " ")[:300]
-        raise ValueError(reason if reason.startswith(str(directory)) else f"{directory}: not a model that can be read: {reason}") from None
+        known = reason.startswith(str(directory))
+        raise ValueError(reason if known else f"{directory}: not a model that can be read: {reason}") from None
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
     if n_outputs is None and model.score is not None:
@@ -2164,7 +2173,7 @@ def open_model(name: str, device, n_outputs=None, like=None) -> tuple[GPT, tikto
     if like and tokenizer._mergeable_ranks != like[1]._mergeable_ranks:
         raise ValueError(f"{directory}: its vocabulary of {tokenizer.n_vocab} tokens is not that of --init, of {like[1].n_vocab}")
     if like and model.config.block_size < like[0].config.block_size:
-        raise ValueError(f"{directory}: its block of {model.config.block_size} tokens is shorter than that of --init, {like[0].config.block_size}")
+        raise ValueError(f"{directory}: its block of {model.config.block_size} tokens is shorter than --init's {like[0].config.block_size}")
     model.config.eos_token_id = tokenizer.eot_token
     return model.to(device).eval(), tokenizer
 
@@ -2197,10 +2206,12 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
     free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile")       # may differ when a run is resumed
     settings = {name: str(value) for name, value in vars(options).items() if name not in free}
     with open(options.data, "rb") as file:
-        settings["checksum of the data"] = functools.reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: file.read(1 << 20), b""), 0)
+        parts = iter(lambda: file.read(1 << 20), b"")
+        settings["checksum of the data"] = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
     def export(tensors):
-        model.save_pretrained(options.out, {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        model.save_pretrained(options.out, own)
     return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
         options.out, settings, export, tokenizer, lines, options.save_every, options.resume, options.fsdp, options.compile)
 
@@ -2211,7 +2222,8 @@ def stage_sft(options, device) -> dict:
     else:
         sample = [text for i, (_, text) in enumerate(read_texts(options.data, "text")) if i < 20_000]     # all are checked
         tokenizer = train_tokenizer(sample, options.vocab_size)
-        model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd, options.dropout)).to(device)
+        model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd,
+                              options.dropout)).to(device)
     texts, lines, held_out, seen, cut, size = Rows(tokenizer.n_vocab), [], [], set(), 0, model.config.block_size
     for line, text in read_texts(options.data, "text"):
         ids = [*encode(tokenizer, text), tokenizer.eot_token]
@@ -2277,7 +2289,7 @@ def stage_ppo(options, device) -> dict:
     reference, critic = copy.deepcopy(policy), copy.deepcopy(reward_model)
     room = policy.config.block_size - options.max_new_tokens
     if room < 1:
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in a block of {policy.config.block_size}")
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in {policy.config.block_size} tokens")
     lines, texts = zip(*read_texts(options.data, "prompt"))
     prompts, train = [encode(tokenizer, text) for text in texts], held_out_split([is_held_out(text) for text in texts], options)
     report(options.data, len(prompts), {"prompts cut on the left": sum(len(prompt) > room for prompt in prompts),
@@ -2369,7 +2381,8 @@ OPTIONS = {                             # name: (default, help). A type: no defa
     "top-p": (1.0, "only the likeliest tokens that hold this share"),
     "seed": (0, "one seed gives the same numbers again on the same machine"),
     "beta": (0.1, "weight of the KL, in reward units per nat")}
-MUST, ZERO = ("data", "out", "init", "init+", "reward", "prompt"), ("seed", "top-k", "temperature", "dropout")    # must be given; may be 0
+MUST = "data", "out", "init", "init+", "reward", "prompt"                        # must be given
+ZERO = "seed", "top-k", "temperature", "dropout"                                 # may be 0
 
 
 def add_option(parser, name: str):
@@ -2402,7 +2415,8 @@ def run_stage(options):
         if names and not options.overwrite and not (options.resume and names <= OURS):
             raise ValueError(f"{out}: " + ("holds a run already: --resume goes on with it, --overwrite begins anew" if names <= OURS else
                                            "not empty, and not a run of this program: --overwrite writes into it all the same"))
-        if any(find_model(name).resolve() == out.resolve() for name in (getattr(options, n, None) for n in ("init", "reference", "reward")) if name):
+        starts = [getattr(options, name, None) for name in ("init", "reference", "reward")]
+        if any(find_model(name).resolve() == out.resolve() for name in starts if name):
             raise ValueError(f"{out}: --out would overwrite a model that the run starts from")
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(options.seed)
@@ -2435,11 +2449,12 @@ def main(arguments=None) -> int:
         if options.stage:
             run_stage(options)
         elif options.sweep:
-            sweep(range(options.seed, options.seed + 3), options.out, replace(scale, limit_samples=2 * scale.limit_samples))
+            sweep(range(options.seed, options.seed + 3), options.out, replace(scale, limit_samples=2 * scale.limit_samples, reward_model_steps=2048))
         else:
             demonstrate(scale, options.seed, options.out, note)
     except (FloatingPointError, RunFailed, dist.DistError, RuntimeError, ValueError, OSError) as error:
-        code, lost = 2 if isinstance(error, (ValueError, OSError)) else 1, type(error) is RuntimeError or isinstance(error, dist.DistError)
+        code = 2 if isinstance(error, (ValueError, OSError)) else 1
+        lost = type(error) is RuntimeError or isinstance(error, dist.DistError)
         if lost and process()[1] > 1:
             error = f"another process died or hangs; --resume goes on from the last checkpoint ({str(error).splitlines()[0]})"
         if process()[0] == 0 or lost:                                            # what all processes find, one says
