@@ -2279,25 +2279,29 @@ def test_too_long_for_the_block_is_said():
 
 def judge(name, check, panel, mistakes):
     """The module's function passes the check. mistakes: {"your function behaves as if ...": a wrong variant}; each of them fails
-    the check, and is told that very sentence, for it is recognised by what it returns on `panel`, a list of arguments."""
+    the check, and is told that very sentence. A mistake is recognised by what is returned on `panel`, a list of arguments: wholly,
+    or, where there are several mistakes at once, on some of it."""
     __tracebackhide__ = True
-    found = getattr(importlib.import_module("solutions"), name) if MODULE == "dpo" else under_test(name)
+    solution = getattr(importlib.import_module("solutions"), name)
 
     def behaviour(function):
         results = [function(*arguments) for arguments in panel]
-        assert all(result is not None for result in results), f"{name} returns None: is its `return` missing?"
+        if any(result is None for result in results):
+            pytest.fail(f"{name} returns None: is its `return` missing?")
         return [fingerprint(result) for result in results]
 
     def verdict(function):
         __tracebackhide__ = True
+        mine, right = behaviour(function), behaviour(solution)
         try:
-            behaviour(function)
             check(function)
         except AssertionError as error:
-            likely = [why for why, wrong in mistakes.items() if behaviour(wrong) == behaviour(function)]
-            raise AssertionError(f"{error}\n" + (f"Your {name} behaves as if {likely[0]}." if likely else "")) from None
+            alike = {why: (behaviour(wrong) == mine, sum(a == b != c for a, b, c in zip(behaviour(wrong), mine, right)))
+                     for why, wrong in mistakes.items()}
+            likely = max(alike, key=alike.get)
+            raise AssertionError((f"Your {name} behaves as if {likely}.\n" if any(alike[likely]) else "") + str(error)) from None
     with np.errstate(all="ignore"):
-        verdict(found)
+        verdict(solution if MODULE == "dpo" else under_test(name))
         for why, wrong in mistakes.items():
             with pytest.raises(AssertionError, match=re.escape(f"Your {name} behaves as if {why}.")):
                 verdict(wrong)

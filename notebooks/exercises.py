@@ -2,8 +2,8 @@
 
 Replace each `raise NotImplementedError` by your code; nothing else needs to change. In the repository's directory
 
-    DPO_MODULE=exercises pytest                      grades all of them
-    DPO_MODULE=exercises pytest -k exercise_gae      grades one; see "Graded by" in its docstring
+    DPO_MODULE=exercises pytest --tb=short                       grades all of them
+    DPO_MODULE=exercises pytest --tb=short -k exercise_gae       grades one; its docstring says which -k
 
 A wrong answer is told its likely mistake. A stub that is left fails, a function that you delete is skipped, except dpo_loss.
 No solution needs more than fifteen lines. `solutions.py` holds one of each. Work in the order given: later ones use earlier ones.
