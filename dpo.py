@@ -30,8 +30,10 @@ Read from top to bottom; each section uses only what stands above it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -40,9 +42,11 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import time
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,9 +55,12 @@ import numpy as np
 import regex
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 # ======================================================================================================================
@@ -202,6 +209,8 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
     word is merged once, however often it occurs. The id of a token is its rank: lower ranks merge first.
     """
     counts = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text))
+    if len(counts) > 8192:
+        counts = dict(counts.most_common(8192))                                  # rarer words hardly sway the merges
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < vocab_size - 1:
@@ -221,7 +230,11 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
                 else:
                     merged.append(part)
             pieces[word] = merged
-    return tiktoken.Encoding("reviews", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOS_TEXT: len(ranks)})
+    return byte_pair_encoding(ranks, {EOS_TEXT: len(ranks)})
+
+
+def byte_pair_encoding(ranks: dict, special_tokens: dict) -> tiktoken.Encoding:
+    return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def load_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
@@ -349,16 +362,13 @@ class GPT(nn.Module):
         x = self.ln_f(x)
         return F.linear(x, self.wte.weight) if self.score is None else self.score(x)
 
-
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory, tensors=None):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
-        output, by GPT2ForSequenceClassification). Files are renamed into place when complete."""
+        output, by GPT2ForSequenceClassification). tensors: the weights to write instead of the model's own, by name."""
         directory, c = Path(directory), self.config
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {name if name == "score.weight" else f"transformer.{name}": (value.t() if is_conv1d(name) else value).contiguous()
-                   for name, value in self.state_dict().items()}
-        save_file(tensors, directory / "model.safetensors.part", metadata={"format": "pt"})
-        os.replace(directory / "model.safetensors.part", directory / "model.safetensors")
+                   for name, value in (tensors or self.state_dict()).items()}
+        replace_file(directory / "model.safetensors", lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
         write_json(directory / "config.json", {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel" if self.score is None else "GPT2ForSequenceClassification"],
             "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
@@ -408,12 +418,73 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def write_json(path: Path, value):
-    """Written under another name and renamed: a reader never finds half a file."""
+def replace_file(path: Path, write):
+    """write(draft) under another name, flushed to the disk and renamed: neither a reader nor a crash ever finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(value, indent=1))
-    os.replace(draft, path)
+    draft.unlink(missing_ok=True)                                                # were it a link, its target would be written
+    try:
+        write(draft)
+        with open(draft, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError, SafetensorError) as error:                    # a full disk, as each library puts it
+        draft.unlink(missing_ok=True)
+        raise RunFailed(f"{path} could not be written, what stood there is untouched: {str(error).splitlines()[0]}") from None
+
+
+class RunFailed(Exception):
+    """The input was good, yet the run did not reach its end: exit code 1."""
+
+
+def write_json(path: Path, value):
+    replace_file(path, lambda draft: draft.write_text(json.dumps(value, indent=1)))
+
+
+def byte_letters() -> dict:
+    """GPT-2 writes each byte as one printable letter: itself where it has one, else one from U+0100 on. byte -> letter."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+
+
+def save_tokenizer(tokenizer: tiktoken.Encoding, directory):
+    """Write tokenizer.json, from which transformers' AutoTokenizer makes the same ids. tiktoken merges any two neighbours whose
+    whole is a token, lowest id first: so every way to halve a token is listed as a merge, in the order of ids."""
+    letters, ranks = byte_letters(), tokenizer._mergeable_ranks
+    spell = lambda token: "".join(letters[byte] for byte in token)
+    merges = [[spell(token[:i]), spell(token[i:])] for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
+              if token[:i] in ranks and token[i:] in ranks]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    vocabulary = {**{spell(token): rank for token, rank in ranks.items()}, **tokenizer._special_tokens}
+    write_json(Path(directory) / "tokenizer.json", {
+        "version": "1.0", "added_tokens": [{"id": i, "content": text, **flags} for text, i in tokenizer._special_tokens.items()],
+        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}})
+    write_json(Path(directory) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
+               "clean_up_tokenization_spaces": False, **{f"{name}_token": EOS_TEXT for name in ("eos", "bos", "unk")}})
+
+
+def read_tokenizer(directory) -> tiktoken.Encoding:
+    """The tokenizer beside a model: tokenizer.json, or vocab.json, of GPT-2's kind; GPT-2's own where there is none."""
+    directory = Path(directory)
+    if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
+        return load_tokenizer("gpt2")
+    if (directory / "tokenizer.json").is_file():
+        saved = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+        model, cut = saved["model"], saved.get("pre_tokenizer") or {}
+        if model.get("type", "BPE") != "BPE" or cut.get("type") != "ByteLevel" or cut.get("add_prefix_space") or saved.get("normalizer"):
+            raise ValueError(f"{directory}: its tokenizer.json is not of GPT-2's kind, a byte-level BPE")
+        vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
+    else:
+        vocabulary, special = json.loads((directory / "vocab.json").read_text("utf-8")), {}
+    special = {**special, **{EOS_TEXT: vocabulary[EOS_TEXT] for _ in [0] if EOS_TEXT in vocabulary}}
+    if EOS_TEXT not in special:
+        raise ValueError(f"{directory}: its tokenizer has no {EOS_TEXT}")
+    byte_of = {letter: byte for byte, letter in byte_letters().items()}
+    return byte_pair_encoding({bytes(byte_of[letter] for letter in token): i for token, i in vocabulary.items()
+                               if token not in special}, special)
 
 
 # ======================================================================================================================
@@ -458,8 +529,15 @@ def token_logps(model, tokens, mask):
     """
     at = predicting(mask)
     logits = model(tokens, at) if isinstance(model, GPT) else model(tokens)[at]                 # (N, V), N = at.sum()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                        # never in half precision
-    logps = -F.cross_entropy(logits, tokens[predicted(mask)], reduction="none")                 # (N,)
+    targets, many = tokens[predicted(mask)], 2 ** 25                                            # (N,); 128 MB in float32
+
+    def chosen_logps(logits, targets):                                                          # never in half precision
+        return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    if logits.numel() <= many:
+        logps = chosen_logps(logits, targets)
+    else:       # keep no log-softmax of a large vocabulary: the backward pass makes it again from the logits, part by part
+        parts = zip(*(x.split(max(1, many // logits.shape[1])) for x in (logits, targets)))
+        logps = torch.cat([recompute(chosen_logps, *part, use_reentrant=False) for part in parts])
     return logps.new_zeros(tokens.shape).masked_scatter(predicted(mask), logps)
 
 
@@ -469,20 +547,27 @@ def sequence_logps(model, tokens, mask):
 
 
 @torch.no_grad()
-def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512) -> torch.Tensor:
-    """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. Like lengths go together."""
+def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512, rows=None) -> torch.Tensor:
+    """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. rows: of these alone, 0 for
+    the others. Like lengths go together."""
     model.eval()
-    device, values = next(model.parameters()).device, torch.empty(len(prompts))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
+    device, values = next(model.parameters()).device, torch.zeros(len(prompts))
+    order = sorted(range(len(prompts)) if rows is None else rows, key=lambda i: len(prompts[i]) + len(completions[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        values[rows] = function(*pad([prompts[i] for i in rows], [completions[i] for i in rows], device)).cpu()
+        with mixed_precision(device):
+            values[rows] = function(*pad([prompts[i] for i in rows], [completions[i] for i in rows], device)).float().cpu()
     return values
 
 
-def completion_logps(model, prompts: list, completions: list, batch_size: int = 512) -> torch.Tensor:
-    """log pi(completion | prompt) of lists of ids, without gradient -> (n,)."""
-    return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions, min(batch_size, 512))
+def mixed_precision(device):
+    """On a GPU, matrix products in bfloat16; everything else, and every loss, in float32."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
+
+
+def completion_logps(model, prompts: list, completions: list, **options) -> torch.Tensor:
+    """log pi(completion | prompt) of lists of ids, without gradient -> (n,). options: of `in_batches`."""
+    return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions, **options)
 
 
 @torch.no_grad()
@@ -508,7 +593,8 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             batch = [prompts[i][-room:] for i in rows]
-            batch = _generate_batch(model, batch, max_new_tokens, temperature, top_k, top_p, stop_at_eos)
+            with mixed_precision(next(model.parameters()).device):
+                batch = _generate_batch(model, batch, max_new_tokens, temperature, top_k, top_p, stop_at_eos)
             for i, completion in zip(rows, batch):
                 completions[i] = completion
             bar.update(len(rows))
@@ -526,7 +612,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
         tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
-    cache = model.wte.weight.new_empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head)
+    cache = torch.empty(config.n_layer, 2, B, config.n_head, T, config.n_embd // config.n_head, dtype=model.wte.weight.dtype, device=device)
     t = int(lengths.min())
     new = tokens[:, :t]                                                                         # columns not yet in the cache
     while True:
@@ -585,48 +671,239 @@ class Training:
     warmup: float = 0.05                # share of the steps in which the learning rate rises from 0
     decay: bool = True                  # then it falls to 0 linearly; otherwise it stays
     clip: float = 1.0                   # largest norm of the gradient
+    eps: float = 1e-8                   # of Adam
     seed: int = 0                       # order of the data
 
 
-def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, dropout=False, on_step=None, quiet=False):
+@dataclass
+class Run:
+    """Where a stage of the command line writes, and how it is run. Without `out`, nothing is written."""
+    out: Path | None = None
+    settings: dict | None = None        # a checkpoint made under other settings is refused
+    export: object = None               # export(tensors) writes the model that users load
+    tokenizer: tiktoken.Encoding | None = None
+    lines: object = None                # line number of each data row, to say where a NaN came from
+    save_every: int = 100               # steps
+    resume: bool = False
+    fsdp: bool = False                  # shard model and optimiser over the processes (FSDP2) instead of copying them (DDP)
+    compile: bool = False
+    last_good: int = 0                  # steps in the checkpoint
+
+    def load(self):
+        """The checkpoint to go on from, or None; a fault of it is a ValueError. Nothing in it is executed."""
+        if not self.resume or not (path := self.out / "checkpoint.pt").exists():
+            return None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            settings = saved["settings"]
+            saved = {name: saved[name] for name in ("model", "optimizer", "schedule", "step", "random", "memory")}
+        except Exception as error:                                               # zip, pickle, missing keys: each its own kind
+            raise ValueError(f"{path}: not a checkpoint of this program, or cut short ({type(error).__name__})") from None
+        for name in self.settings.keys() | settings.keys():
+            if settings.get(name) != self.settings.get(name):
+                raise ValueError(f"{path}: made with {name} = {settings.get(name)}, not {self.settings.get(name)}; "
+                                 f"--resume goes on with the same data and settings only")
+        return saved
+
+    def start(self, saved, parameters, optimizer, schedule, memory: dict) -> int:
+        """Put everything into the saved state; of metrics.jsonl keep the steps that it has seen -> the first step to take."""
+        if saved:
+            for number, state in saved["optimizer"]["state"].items():
+                if hasattr(parameters[number], "full_tensor"):                   # cut the moments as FSDP2 has cut their parameter
+                    mesh, placements = parameters[number].device_mesh, parameters[number].placements
+                    state.update({name: dist.tensor.distribute_tensor(value, mesh, placements)
+                                  for name, value in state.items() if value.dim()})
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            memory.update(saved["memory"])
+            random_state(saved["random"])
+            self.last_good = saved["step"]
+        if self.out and process()[0] == 0:
+            path = self.out / "metrics.jsonl"
+            rows = path.read_text().splitlines(keepends=True) if saved else []
+            rows = [row for row in rows if row.endswith("}\n") and json.loads(row).get("step", self.last_good) < self.last_good]
+            replace_file(path, lambda draft: draft.write_text("".join(rows)))
+            save_tokenizer(self.tokenizer, self.out)
+            if saved:
+                self.export(saved["model"])                                      # the kill may have come between the two files
+            else:
+                (self.out / "checkpoint.pt").unlink(missing_ok=True)
+        return self.last_good
+
+    def save(self, model, optimizer, schedule, step: int, memory: dict):
+        """The whole state after `step` steps, in one file: a kill at any moment leaves the old one or the new one."""
+        if self.out is None:
+            return
+        tensors, state = whole(model.state_dict()), whole(optimizer.state_dict())       # of all processes, so before the test
+        self.last_good = step
+        if process()[0] == 0:
+            checkpoint = {"settings": self.settings, "model": tensors, "optimizer": state, "schedule": schedule.state_dict(),
+                          "step": step, "random": random_state(), "memory": memory}
+            replace_file(self.out / "checkpoint.pt", lambda draft: torch.save(checkpoint, draft))
+            self.export(tensors)
+
+    def log(self, row: dict):
+        if self.out and process()[0] == 0:
+            try:
+                with open(self.out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise RunFailed(f"{self.out / 'metrics.jsonl'}: {error}") from None
+
+    def where(self, micro_batches: list) -> str:
+        """For the message of a NaN: the batch's lines, and what can be gone back to."""
+        if self.out is None:
+            return ""
+        lines = sorted({int(self.lines[row]) for batch in micro_batches for row in batch.get("data", ())})
+        return (f"; the batch's lines: {', '.join(map(str, lines))}; " + (
+            f"the last good checkpoint, {self.out}, has {self.last_good} steps" if self.last_good else "there is no checkpoint yet"))
+
+
+def random_state(saved=None) -> dict:
+    """The state of Python's, numpy's and torch's generators; with an argument, put them back into that state."""
+    if saved:
+        random.setstate(saved["python"])
+        np.random.set_state((saved["numpy"][0], np.array(saved["numpy"][1], np.uint32), *saved["numpy"][2:]))
+        torch.set_rng_state(saved["torch"])
+        torch.cuda.set_rng_state_all(saved["cuda"][:torch.cuda.device_count()])
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def process() -> tuple[int, int]:
+    """(number of this process, number of processes): (0, 1), but for torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, dropout=False, on_step=None, quiet=False,
+        run: Run | None = None, memory=None):
     """Train `model` in place; return the history, a list with one dict of numbers a step.
 
     batches(step) -> the step's micro-batches, a list of dicts with "count", the number of terms in the loss.
-    loss(model, batch) -> the *sum* of the batch's losses, and a dict of sums to log. Dividing by the count of all
-    micro-batches makes accumulated gradients equal those of one big batch. dropout: on in SFT alone.
+    loss(model, batch) -> the *sum* of the batch's losses, and a dict of sums to log. dropout: on in SFT alone.
     on_step(logs) sees each step's numbers and may add to them. A loss that is not finite ends the stage (FloatingPointError).
+    run: where to log and to save, and to go on from. memory: what `batches` remembers between steps, saved with the rest.
     """
-    model.train(dropout)
+    run, memory, history = run or Run(), {} if memory is None else memory, []
+    saved = run.load()
+    if saved:
+        model.load_state_dict(saved["model"])
+    losses = spread(model, loss, run)                                            # before the optimiser: FSDP2 replaces parameters
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, fused=True)
-    warmup = max(1, round(training.warmup * training.steps))
+    optimizer = torch.optim.AdamW(parameters, training.learning_rate, (0.9, 0.99), eps=training.eps, weight_decay=0.0, fused=True)
+    warmup = max(1, round(training.warmup * training.steps))                     # the smaller of a rising and a falling line
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0))
-    history = []
-    for step in (bar := tqdm(range(training.steps), desc=stage, disable=quiet, mininterval=0.5, leave=False)):
-        micro_batches = batches(step)
-        model.train(dropout)                                                     # batches() may have sampled from the model
-        count = sum(batch["count"] for batch in micro_batches)
-        logs = {"step": step}
-        for batch in micro_batches:
-            total, sums = loss(model, batch)
-            (total / count).backward()
-            for name, value in {"loss": total, **sums}.items():
-                logs[name] = logs.get(name, 0.0) + float(value.detach() if torch.is_tensor(value) else value) / count
-        logs["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, training.clip))
-        if not math.isfinite(logs["loss"] + logs["gradient_norm"]):
-            raise FloatingPointError(f"{stage}, step {step}: the loss is {logs['loss']}, its gradient's norm {logs['gradient_norm']}; "
-                                     f"a smaller learning rate may help")
-        logs["learning_rate"] = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if on_step:
-            on_step(logs)
-        history.append(logs)
-        bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+    first = run.start(saved, parameters, optimizer, schedule, memory)
+    with stop_signals(run.out is not None) as told_to_stop, tqdm(range(first, training.steps), stage, disable=quiet or process()[0] > 0,
+                                                                 mininterval=0.5, leave=False, initial=first, total=training.steps) as bar:
+        for step in bar:
+            micro_batches = batches(step)
+            model.train(dropout)                                                 # batches() may have sampled from the model
+            if dropout and process()[1] > 1:
+                torch.manual_seed(hash((training.seed, step, process()[0])))     # processes drop different units
+            logs = {"step": step, **backward(losses, micro_batches, told_to_stop)}
+            stop = logs.pop("stop")
+            logs["gradient_norm"] = float(whole(nn.utils.clip_grad_norm_(parameters, training.clip)))
+            if not math.isfinite(logs["loss"] + logs["gradient_norm"]):
+                raise FloatingPointError(f"{stage}, step {step}: the loss is {logs['loss']}, its gradient's norm {logs['gradient_norm']}; "
+                                         f"a smaller learning rate may help{run.where(micro_batches)}")
+            logs["learning_rate"] = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if on_step:
+                on_step(logs)
+            history.append(logs)
+            bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+            run.log(logs)
+            if stop or (step + 1) % run.save_every == 0 or step + 1 == training.steps:
+                run.save(model, optimizer, schedule, step + 1, memory)
+            if stop and step + 1 < training.steps:
+                raise RunFailed(f"{stage} stopped after {step + 1} of {training.steps} steps, all saved in {run.out}; "
+                                "the same command with --resume goes on from there")
     model.eval()
     return history
+
+
+def backward(losses, micro_batches: list, told_to_stop: list) -> dict:
+    """Gradients of a step's mean loss, and its numbers: sums over all micro-batches / their count, so accumulated gradients are
+    those of one big batch. Of W processes each computes every W-th micro-batch; gradients and numbers are summed over all, and
+    so is the word to stop."""
+    (rank, world), sums = process(), {}
+    count = sum(batch["count"] for batch in micro_batches)
+    for start in range(0, len(micro_batches), world):
+        mine = start + rank < len(micro_batches)                                 # none left for me: another's, weighed 0
+        batch, last = micro_batches[start + rank if mine else start], start + world >= len(micro_batches)
+        with losses.no_sync() if hasattr(losses, "no_sync") and not last else contextlib.nullcontext():
+            total, more = losses(batch)
+            (total * (mine * world) / count).backward()                          # DDP and FSDP2 average over processes
+        for name, value in {"loss": total, **more}.items():
+            sums[name] = sums.get(name, 0.0) + mine * float(value.detach() if torch.is_tensor(value) else value) / count
+    sums["stop"] = len(told_to_stop)
+    if world > 1:
+        values = torch.tensor(list(sums.values()), dtype=torch.float64, device=total.device)
+        dist.all_reduce(values)
+        sums = dict(zip(sums, values.tolist()))
+    return sums
+
+
+class LossOf(nn.Module):
+    """loss(model, batch) as a module's forward: so DDP, which hooks into forward, can train any loss."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch):
+        with mixed_precision(next(self.model.parameters()).device):
+            return self.loss(self.model, batch)
+
+
+def spread(model, loss, run: Run):
+    """loss(model, .) on however many processes there are -> a module of batches."""
+    gpts = [module for module in model.modules() if isinstance(module, GPT)]
+    if run.compile:
+        for gpt in gpts:
+            gpt.compile(dynamic=True)
+    if process()[1] == 1:
+        return LossOf(model, loss)
+    if not run.fsdp:
+        return nn.parallel.DistributedDataParallel(LossOf(model, loss))          # each process has a copy
+    from torch.distributed.fsdp import fully_shard
+    for gpt in gpts:                                                             # each process has a part of every layer
+        for block in gpt.h:
+            fully_shard(block)
+        fully_shard(gpt, reshard_after_forward=True)
+    return LossOf(model, loss)
+
+
+def whole(value):
+    """A state dict on the CPU, with every tensor that FSDP2 has sharded put together again."""
+    if isinstance(value, dict):
+        return {name: whole(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [whole(part) for part in value]
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.detach().cpu() if torch.is_tensor(value) else value
+
+
+@contextlib.contextmanager
+def stop_signals(active: bool):
+    """Yield a list that fills when someone says stop (Ctrl-C, or a cluster's SIGTERM); a second time ends at once."""
+    said, before = [], {}
+
+    def note(number, frame):
+        said.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM) if active else ():
+            before[number] = signal.signal(number, note)
+        yield said
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def shuffled(n: int, training: Training, groups=None):
@@ -644,18 +921,24 @@ def shuffled(n: int, training: Training, groups=None):
     return rows
 
 
-def train_sft(model, texts: list, training: Training, **options):
+def micro_batches_of(rows, training: Training) -> list:
+    """A step's rows in parts of at most training.micro_batch, and in one part for each process at least, if they suffice."""
+    size = max(1, min(training.micro_batch, -(-len(rows) // process()[1])))
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
+
+
+def train_sft(model, texts: list, training: Training, run: Run | None = None, **options):
     """Supervised fine-tuning: maximise log pi(text). texts: lists of ids, EOS last; every token but the first is scored."""
     device, rows = next(model.parameters()).device, shuffled(len(texts), training)
 
     def batches(step):
-        chosen = [texts[i] for i in rows(step)]
-        tokens, mask = pad([[]] * len(chosen), chosen, device)
-        return [{"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum())}]
+        parts = micro_batches_of(rows(step), training)
+        padded = [pad([[]] * len(part), [texts[i] for i in part], device) for part in parts]
+        return [{"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum()), "data": part} for part, (tokens, mask) in zip(parts, padded)]
 
     def loss(model, batch):
         return -sequence_logps(model, batch["tokens"], batch["mask"]).sum(), {}
-    return fit("SFT", model, batches, loss, training, dropout=True, **options)
+    return fit("SFT", model, batches, loss, training, dropout=True, run=run, **options)
 
 
 # ======================================================================================================================
@@ -669,6 +952,7 @@ class Preference:
     prompt: str
     chosen: str
     rejected: str
+    line: int = 0                       # of the file that it came from
 
 
 def logistic(x):
@@ -709,17 +993,31 @@ def load_preferences(path) -> list[Preference]:
     The conversational form, lists of {"role", "content"}, goes through `chat_template`. A fault raises
     ValueError "path:line: what is wrong"; nothing is skipped silently.
     """
-    records = []
+    return list(read_preferences(path))
+
+
+def read_preferences(path):
+    """Yield what `load_preferences` returns, line by line: for files larger than memory."""
+    number = 0
     for number, record in read_jsonl(path):
         fields = {}
         for name in ("prompt", "chosen", "rejected"):
             fields[name] = text_field(record, name, f"{path}:{number}")
         if isinstance(record["prompt"], list):                                   # the answer follows the prompt's turns
             fields["chosen"], fields["rejected"] = "\n\n" + fields["chosen"], "\n\n" + fields["rejected"]
-        records.append(Preference(**fields))
-    if not records:
+        yield Preference(**fields, line=number)
+    if not number:
         raise ValueError(f"{path}:1: the file holds no record")
-    return records
+
+
+def read_texts(path, field: str):
+    """Yield (line number, text) of JSONL with one {field: text} a line; "messages", a conversation, will do for "text"."""
+    number = 0
+    for number, record in read_jsonl(path):
+        yield number, text_field(record, "messages" if field == "text" and "messages" in record and "text" not in record else field,
+                                 f"{path}:{number}")
+    if not number:
+        raise ValueError(f"{path}:1: the file holds no record")
 
 
 def read_jsonl(path):
@@ -760,52 +1058,101 @@ def text_field(record: dict, name: str, where: str) -> str:
     return value
 
 
+class Rows:
+    """Lists of token ids, one behind the other in one array, two bytes a token where the vocabulary allows: little more memory
+    than the ids themselves, where a list of lists takes many times that."""
+
+    def __init__(self, vocab_size: int):
+        self.ids, self.ends = array("H" if vocab_size <= 2 ** 16 else "i"), array("q", [0])
+
+    def append(self, ids):
+        self.ids.extend(ids)
+        self.ends.append(len(self.ids))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        return np.array(self.ids[self.ends[i]:self.ends[i + 1]])
+
+
 @dataclass
 class Pairs:
     """Tokenised preferences. Each distinct (prompt, completion) is one row, however many pairs it stands in."""
-    prompts: list                       # (R) ids of each row's prompt
-    completions: list                   # (R) ids of each row's completion, EOS last
+    prompts: Rows                       # (R) ids of each row's prompt; a list of lists will do
+    completions: Rows                   # (R) ids of each row's completion, EOS last
     chosen: np.ndarray                  # (N,) each pair's rows
     rejected: np.ndarray                # (N,)
     prompt_index: np.ndarray            # (N,) which prompt a pair belongs to
+    lines: np.ndarray = None            # (N,) line of the file
+    held_out: np.ndarray = None         # (N,) bool: kept for evaluation
+    counts: dict = None                 # what is remarkable: see `encode_pairs`
 
     def __len__(self):
         return len(self.chosen)
 
+    def subset(self, which):
+        """The pairs `which`: a mask (N,) or a slice."""
+        of = lambda values: None if values is None else values[which]
+        return replace(self, chosen=of(self.chosen), rejected=of(self.rejected), prompt_index=of(self.prompt_index), lines=of(self.lines))
 
-def encode_pairs(tokenizer, preferences: list[Preference], block_size: int) -> Pairs:
+    def rows(self):
+        """The rows that stand in a pair."""
+        return np.unique(np.concatenate([self.chosen, self.rejected]))
+
+
+def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long=False) -> Pairs:
     """Tokenise prompt and completion apart and put EOS behind the completion: so a prompt's ids are always a prefix of the
-    whole. A prompt too long for the block is cut on the left; a completion that does not fit is a ValueError."""
-    rows, seen_prompts, prompts, completions, index = {}, {}, [], [], {"chosen": [], "rejected": [], "prompt": []}
-    for number, preference in enumerate(preferences, 1):
-        index["prompt"].append(seen_prompts.setdefault(preference.prompt, len(seen_prompts)))
-        for side in ("chosen", "rejected"):
-            key = (preference.prompt, getattr(preference, side))
-            if key not in rows:
-                completion = encode(tokenizer, key[1]) + [tokenizer.eot_token]
-                if len(completion) >= block_size:
-                    raise ValueError(f"pair {number}: the {side} completion has {len(completion)} tokens, EOS included; "
-                                     f"prompt and completion together must fit in {block_size}")
-                if not key[0]:
-                    raise ValueError(f"pair {number}: the prompt is empty, and the first token needs something to follow")
-                rows[key] = len(prompts)
-                prompts.append(np.array(encode(tokenizer, key[0])[-(block_size - len(completion)):], np.int32))
-                completions.append(np.array(completion, np.int32))
-            index[side].append(rows[key])
-    return Pairs(prompts, completions, *(np.array(index[name]) for name in ("chosen", "rejected", "prompt")))
+    whole. A prompt too long for the block is cut on the left. A completion that does not fit is a ValueError, "path:line: ...",
+    or its pair is left out. Texts are forgotten as soon as their ids are known: eight bytes of hash tell known ones."""
+    prompts, completions, row_of = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), {}
+    columns, cut, left_out = [array("q") for _ in range(5)], set(), 0
+    digest = lambda *texts: int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "big", signed=True)
+
+    def row(prompt: str, completion: str, where: str, side: str):
+        key = digest(str(len(prompt)), prompt, completion)
+        if key not in row_of:
+            ids, end = encode(tokenizer, prompt), [*encode(tokenizer, completion), tokenizer.eot_token]
+            room = block_size - len(end)
+            if not ids:
+                raise ValueError(f"{where}: the prompt is empty, and the first token needs something to follow")
+            if room < 1 and skip_long:
+                return None
+            if room < 1:
+                raise ValueError(f"{where}: the {side} completion has {len(end)} tokens; with a prompt it must fit in {block_size} "
+                                 "(--skip-long leaves such pairs out)")
+            if len(ids) > room:
+                cut.add(len(prompts))
+            row_of[key] = len(prompts)
+            prompts.append(ids[-room:])
+            completions.append(end)
+        return row_of[key]
+
+    for number, pair in enumerate(preferences, 1):
+        rows = [row(pair.prompt, getattr(pair, side), f"{path}:{pair.line or number}", side) for side in ("chosen", "rejected")]
+        if None in rows:
+            left_out += 1
+        else:
+            for column, value in zip(columns, (*rows, digest(pair.prompt), pair.line or number, is_held_out(pair.prompt))):
+                column.append(value)
+    chosen, rejected, prompt_hash, lines, held_out = map(np.array, columns)
+    counts = {"duplicates": len(chosen) - len(np.unique(np.stack([chosen, rejected]), axis=1).T),
+              "pairs with chosen == rejected": int((chosen == rejected).sum()),
+              "pairs with a cut prompt": int(np.isin(np.stack([chosen, rejected]), list(cut)).any(0).sum()),
+              "pairs left out, too long": left_out}
+    return Pairs(prompts, completions, chosen, rejected, np.unique(prompt_hash, return_inverse=True)[1], lines, held_out.astype(bool), counts)
 
 
-def pair_batches(pairs: Pairs, rows, micro_batch: int, device) -> list[dict]:
+def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
     """The pairs `rows` as micro-batches. Pairs of one prompt come together, and a completion that stands in several of them
     passes the model once: with 4 completions a prompt, 6 pairs cost 4 forward passes instead of 12."""
     batches = []
-    for start in range(0, len(rows), micro_batch):
-        part = rows[start:start + micro_batch]
+    for part in micro_batches_of(rows, training):
         distinct, position = np.unique(np.concatenate([pairs.chosen[part], pairs.rejected[part]]), return_inverse=True)
         tokens, mask = pad([pairs.prompts[i] for i in distinct], [pairs.completions[i] for i in distinct], device)
         chosen, rejected = torch.from_numpy(position).to(device).chunk(2)
         batches.append({"tokens": tokens, "mask": mask, "rows": torch.from_numpy(distinct).to(device), "chosen": chosen,
-                        "rejected": rejected, "count": len(part)})
+                        "rejected": rejected, "count": len(part), "data": part})
     return batches
 
 
@@ -899,7 +1246,8 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
     asked once, before the first step.
     """
     device, rows = next(model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
-    reference_logps = completion_logps(reference, pairs.prompts, pairs.completions, training.micro_batch).to(device)   # (R,)
+    reference_logps = completion_logps(reference, pairs.prompts, pairs.completions, batch_size=min(512, 2 * training.micro_batch),
+                                       rows=pairs.rows()).to(device)                                  # (R,)
     lengths = torch.tensor([len(completion) for completion in pairs.completions], device=device)      # (R,)
 
     def preference_loss(model, batch):
@@ -915,7 +1263,7 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
                               "margin": margins.sum(), "accuracy": right(margins).sum()}
 
     def batches(step):
-        return pair_batches(pairs, rows(step), training.micro_batch, device)
+        return pair_batches(pairs, rows(step), training, device)
     return fit(stage, model, batches, preference_loss, training, **options)
 
 
@@ -1031,12 +1379,13 @@ def by_name(formula):
 
     def loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps=None, reference_rejected_logps=None, *, beta=0.1,
              chosen_lengths=None, rejected_lengths=None, **hyper):
-        if unknown := hyper.keys() - accepted:
+        if unknown := hyper.keys() - loss.settings:
             raise TypeError(f"{name} has no hyper-parameter {', '.join(sorted(unknown))}")
         if name in ("orpo", "simpo") and (chosen_lengths is None or rejected_lengths is None):
             raise ValueError(f"{name} needs chosen_lengths and rejected_lengths")
         return formula(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=beta,
                        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **hyper)
+    loss.settings = accepted.keys() - {"pc", "pr", "rc", "rr", "beta", "_", "chosen_lengths", "rejected_lengths"}
     return loss
 
 
@@ -1060,7 +1409,8 @@ def last_response_token(mask):
 
 def reward_scores(reward_model, tokens, mask):
     """The reward model's score of each row, read at the response's last token. tokens, mask (B,T) -> (B,)."""
-    return reward_model(tokens, last_response_token(mask)).squeeze(-1)
+    scores = reward_model(tokens, last_response_token(mask)).squeeze(-1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def train_reward_model(reward_model, pairs: Pairs, training: Training, **options):
@@ -1073,13 +1423,13 @@ def train_reward_model(reward_model, pairs: Pairs, training: Training, **options
         return -F.logsigmoid(margins).sum(), {"accuracy": right(margins).sum()}
 
     def batches(step):
-        return pair_batches(pairs, rows(step), training.micro_batch, device)
+        return pair_batches(pairs, rows(step), training, device)
     return fit("reward model", reward_model, batches, loss, training, **options)
 
 
-def score_completions(reward_model, prompts: list, completions: list) -> torch.Tensor:
-    """Scores of lists of ids, without gradient -> (n,)."""
-    return in_batches(lambda tokens, mask: reward_scores(reward_model, tokens, mask), reward_model, prompts, completions)
+def score_completions(reward_model, prompts: list, completions: list, **options) -> torch.Tensor:
+    """Scores of lists of ids, without gradient -> (n,). options: of `in_batches`."""
+    return in_batches(lambda tokens, mask: reward_scores(reward_model, tokens, mask), reward_model, prompts, completions, **options)
 
 
 # PPO. The policy's move is the next token, its state the text so far. In numbers:
@@ -1205,6 +1555,7 @@ def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: floa
 def token_values(critic, tokens, mask):
     """The critic's value of the text before each response token: V is read where that token is predicted. (B,T), 0 elsewhere."""
     values = critic(tokens, predicting(mask)).squeeze(-1)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values.new_zeros(tokens.shape).masked_scatter(predicted(mask), values)
 
 
@@ -1215,13 +1566,15 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
     training.steps counts optimiser steps: each rollout serves epochs * rollout / minibatch of them.
     watch(prompts, completions) -> a dict of further numbers to log, once a rollout.
     """
-    rng, state = np.random.default_rng(training.seed), {"beta": ppo.beta}
+    rng, device = np.random.default_rng(training.seed), next(policy.parameters()).device
+    state = {"beta": ppo.beta, "rng": rng.bit_generator.state}                   # all there is to remember: see `fit`
     per_rollout = ppo.epochs * (ppo.rollout // ppo.minibatch)
 
     def batches(step):
+        rng.bit_generator.state = state["rng"]
         if step % per_rollout == 0:
-            chosen = rng.integers(len(prompts), size=ppo.rollout // (ppo.group or 1)).repeat(ppo.group or 1)
-            chosen = [prompts[i] for i in chosen]
+            state["rows"] = rng.integers(len(prompts), size=ppo.rollout // (ppo.group or 1)).repeat(ppo.group or 1).tolist()
+            chosen = [prompts[i] for i in state["rows"]]
             state["data"], state["statistics"], completions = ppo_rollout(
                 policy, critic, reference, chosen, reward, ppo, state["beta"])
             if watch:
@@ -1229,10 +1582,12 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
             if ppo.target_kl:                                                                                     # 6
                 state["beta"] = adapt_beta(state["beta"], state["statistics"]["kl"], ppo.target_kl, ppo.rollout, ppo.kl_horizon)
         if step % (ppo.rollout // ppo.minibatch) == 0:
-            state["order"] = rng.permutation(ppo.rollout)
+            state["order"] = rng.permutation(ppo.rollout).tolist()
+        state["rng"] = rng.bit_generator.state
         start = step % (ppo.rollout // ppo.minibatch) * ppo.minibatch
-        minibatch = {name: tensor[state["order"][start:start + ppo.minibatch]] for name, tensor in state["data"].items()}
-        return [{**minibatch, "count": int(minibatch["mask"].sum())}]
+        parts = micro_batches_of(state["order"][start:start + ppo.minibatch], training)
+        return [{**{name: tensor[part].to(device) for name, tensor in state["data"].items()}, "data": [state["rows"][i] for i in part],
+                 "count": int(state["data"]["mask"][part].sum())} for part in parts]
 
     def loss(models, batch):                                                                                      # 5
         logps = token_logps(models["policy"], batch["tokens"], batch["mask"])
@@ -1244,7 +1599,7 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
         return total, {"policy_loss": policy_loss.sum(), "value_loss": value_loss.sum(), "ratio_moved": moved,
                        **{name: value * batch["count"] for name, value in state["statistics"].items()}}
     models = nn.ModuleDict({"policy": policy, **({"critic": critic} if critic else {})})
-    return fit(stage, models, batches, loss, training, **options)
+    return fit(stage, models, batches, loss, training, memory=state, **options)
 
 
 # ======================================================================================================================
@@ -1385,17 +1740,16 @@ class Scale:
     sft_steps: int = 2400               # of 32 reviews
     prompts: int = 8192
     per_prompt: int = 8                 # completions of each, so 28 pairs: 229,376 pairs
-    prompts_a_step: int = 16            # of preference training, with all their pairs
-    dpo_steps: int = 768                # one and a half passes
-    reward_model_steps: int = 512
-    baseline_steps: int = 128           # Preferred-FT, Unlikelihood
+    dpo_steps: int = 768                # of 16 prompts with all their pairs: one and a half passes
+    reward_model_steps: int = 1536      # of 8 prompts
+    baseline_steps: int = 128           # of 16 prompts: Preferred-FT, Unlikelihood
     ppo_rollouts: int = 80              # of 256 completions
     held_out: int = 96                  # prompts of the evaluation
     samples: int = 32                   # completions of each, per method
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
 
 
-FAST = Scale(sft_steps=700, prompts=1024, dpo_steps=96, reward_model_steps=96, baseline_steps=32, ppo_rollouts=10,
+FAST = Scale(sft_steps=700, prompts=1024, dpo_steps=96, reward_model_steps=192, baseline_steps=32, ppo_rollouts=10,
              held_out=48, samples=16, limit_samples=256)
 
 
@@ -1450,17 +1804,15 @@ def with_scalar_head(model: GPT) -> GPT:
     return copied
 
 
-def preference_training(world: World, steps: int, learning_rate: float) -> Training:
-    """Whole prompts a step, with all their pairs, so that each completion passes the model once."""
-    per_prompt = math.comb(world.scale.per_prompt, 2)
-    return Training(steps, learning_rate, batch_size=world.scale.prompts_a_step * per_prompt, seed=world.seed)
+def preference_training(world: World, steps: int, learning_rate: float, prompts: int) -> Training:
+    """`prompts` prompts a step with all their pairs, so that each completion passes the model once."""
+    return Training(steps, learning_rate, batch_size=prompts * math.comb(world.scale.per_prompt, 2), seed=world.seed)
 
 
 def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None, n_pairs=None, **hyper) -> GPT:
     """A copy of the SFT policy trained on the world's preferences, or on the first n_pairs of them."""
-    policy, pairs = copy.deepcopy(world.reference), world.pairs
-    pairs = replace(pairs, **{name: getattr(pairs, name)[:n_pairs] for name in ("chosen", "rejected", "prompt_index")})
-    training = preference_training(world, steps or world.scale.dpo_steps, 1.4e-3)
+    policy, pairs = copy.deepcopy(world.reference), world.pairs.subset(slice(n_pairs))
+    training = preference_training(world, steps or world.scale.dpo_steps, 1.4e-3, prompts=16)
 
     def look(logs):                                                              # eight times: KL and length of 256 samples
         if logs["step"] % max(1, training.steps // 8) == 0:
@@ -1475,7 +1827,7 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
 def run_reward_model(world: World) -> GPT:
     """A reward model fitted to the world's preferences, from the SFT policy's body. Its accuracy goes to world.checks."""
     reward_model = with_scalar_head(world.reference)
-    training = preference_training(world, world.scale.reward_model_steps, 2e-3)
+    training = preference_training(world, world.scale.reward_model_steps, 2e-3, prompts=8)
     world.histories["reward model"] = train_reward_model(reward_model, world.pairs, training)
     world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"] = reward_model_accuracy(reward_model, world)
     return reward_model
@@ -1512,10 +1864,10 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
 
     def watch(prompts, completions):
         return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
-    sample = raw(*([ids.tolist() for ids in rows[:4096]] for rows in (world.pairs.prompts, world.pairs.completions)))
+    sample = raw(*([rows[i].tolist() for i in range(min(4096, len(rows)))] for rows in (world.pairs.prompts, world.pairs.completions)))
     mean, std = sample.mean(), sample.std()
     ppo = PPO(beta=beta / std.item(), max_new_tokens=MAX_NEW_TOKENS, **settings)
-    training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, seed=world.seed)
+    training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, eps=1e-5, seed=world.seed)
     policy = copy.deepcopy(world.reference)
     world.histories[stage] = train_ppo(policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
                                        lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch)
@@ -1763,25 +2115,330 @@ def plot_training(histories: dict, path: Path, note=""):
     figure.savefig(path)
 
 
+# ---- The stages on your own data and models --------------------------------------------------------------------------
+
+SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+LEARNING_RATES = {"sft": 3e-3, "dpo": 5e-4, "rm": 1e-3, "ppo": 5e-4}             # at width 128; times (128 / width)^2 above
+OURS = {"checkpoint.pt", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def find_model(name: str) -> Path:
+    """A model's directory. GPT-2's public names are looked up in Hugging Face's cache; nothing is fetched."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name not in SIZES:
+        raise ValueError(f"{name}: no such directory, and not one of {', '.join(SIZES)}")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub").expanduser()
+    for config in [c for owner in ("openai-community--", "") for c in hub.glob(f"models--{owner}{name}/snapshots/*/config.json")]:
+        if list(config.parent.glob("model*.safetensors")):
+            return config.parent
+    raise ValueError(f"{name}: not in Hugging Face's cache ({hub}), and nothing is fetched here; where there is a network, `hf download "
+                     f"openai-community/{name} config.json model.safetensors tokenizer.json --local-dir {name}`, and bring that directory")
+
+
+def open_model(name: str, device, n_outputs=None, like=None) -> tuple[GPT, tiktoken.Encoding]:
+    """A model and its tokenizer. like: the (model, tokenizer) whose ids it must understand."""
+    directory = find_model(name)
+    try:
+        model, tokenizer = GPT.from_pretrained(directory, n_outputs), read_tokenizer(directory)
+    except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
+        reason = str(error).strip().replace("\n", " ")[:300]
+        raise ValueError(reason if reason.startswith(str(directory)) else f"{directory}: not a model that can be read: {reason}") from None
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
+    if n_outputs is None and model.score is not None:
+        raise ValueError(f"{directory}: a reward model, where a language model is needed")
+    if like and tokenizer._mergeable_ranks != like[1]._mergeable_ranks:
+        raise ValueError(f"{directory}: its vocabulary of {tokenizer.n_vocab} tokens is not that of --init, of {like[1].n_vocab}")
+    if like and model.config.block_size < like[0].config.block_size:
+        raise ValueError(f"{directory}: its block of {model.config.block_size} tokens is shorter than that of --init, {like[0].config.block_size}")
+    model.config.eos_token_id = tokenizer.eot_token
+    return model.to(device).eval(), tokenizer
+
+
+def held_out_split(held_out, options):
+    """bool (N,): which rows are for training: all with --all, or where a split would leave none."""
+    held_out = np.array(held_out, bool) & (not options.all)
+    return ~held_out if not held_out.all() else held_out
+
+
+def report(path, n: int, counts: dict):
+    if process()[0] == 0:
+        print(f"{path}: {n} rows" + "".join(f"; {value} {name}" for name, value in counts.items() if value))
+
+
+def read_pairs(options, tokenizer, block_size: int) -> tuple[Pairs, Pairs | None]:
+    """--data as pairs for training, and the held-out pairs if there are any."""
+    pairs = encode_pairs(tokenizer, read_preferences(options.data), block_size, options.data, options.skip_long)
+    if not len(pairs):
+        raise ValueError(f"{options.data}:1: no pair fits in {block_size} tokens")
+    train = held_out_split(pairs.held_out, options)
+    report(options.data, len(pairs), {**pairs.counts, "pairs held out, by prompt": int((~train).sum())})
+    return pairs.subset(train), None if train.all() else pairs.subset(~train)
+
+
+def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Run]:
+    """How a stage is to be trained, and where it writes. prefix: of the names of the weights that users load."""
+    steps = options.steps or math.ceil(options.epochs * len(lines) / options.batch_size)
+    rate = options.learning_rate or LEARNING_RATES[options.stage] * min(1, (128 / model.config.n_embd) ** 2)
+    free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile")       # may differ when a run is resumed
+    settings = {name: str(value) for name, value in vars(options).items() if name not in free}
+    with open(options.data, "rb") as file:
+        settings["checksum of the data"] = functools.reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: file.read(1 << 20), b""), 0)
+
+    def export(tensors):
+        model.save_pretrained(options.out, {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+    return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
+        options.out, settings, export, tokenizer, lines, options.save_every, options.resume, options.fsdp, options.compile)
+
+
+def stage_sft(options, device) -> dict:
+    if options.init:
+        model, tokenizer = open_model(options.init, device)
+    else:
+        sample = [text for i, (_, text) in enumerate(read_texts(options.data, "text")) if i < 20_000]     # all are checked
+        tokenizer = train_tokenizer(sample, options.vocab_size)
+        model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd, options.dropout)).to(device)
+    texts, lines, held_out, seen, cut, size = Rows(tokenizer.n_vocab), [], [], set(), 0, model.config.block_size
+    for line, text in read_texts(options.data, "text"):
+        ids = [*encode(tokenizer, text), tokenizer.eot_token]
+        pieces = [ids[start:start + size] for start in range(0, len(ids), size)]
+        pieces = [piece for piece in pieces if len(piece) > 1] or pieces         # a first token alone has nothing to predict it
+        cut += len(pieces) > 1
+        seen.add(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        for piece in pieces:
+            texts.append(piece), lines.append(line), held_out.append(is_held_out(text))
+    train = held_out_split(held_out, options)
+    report(options.data, len(texts), {"texts longer than the block, cut into pieces": cut, "rows held out": int((~train).sum()),
+                                      "duplicates": len(set(lines)) - len(seen)})
+    train_sft(model, [texts[i] for i in np.flatnonzero(train)], *plan(options, model, tokenizer, np.array(lines)[train]))
+    rest = [texts[i] for i in np.flatnonzero(~train)]
+    if not rest:
+        return {}
+    loss = -float(completion_logps(model, [[]] * len(rest), rest).sum()) / sum(len(text) - 1 for text in rest)
+    return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700))}
+
+
+def stage_dpo(options, device) -> dict:
+    opened = model, tokenizer = open_model(options.init, device)
+    reference = open_model(options.reference, device, like=opened)[0] if options.reference else copy.deepcopy(model)
+    hyper = {}
+    for setting in options.hyper:
+        name, _, value = setting.partition("=")
+        if name not in LOSSES[options.loss].settings:
+            raise ValueError(f"--hyper {setting}: the loss {options.loss} has no setting {name!r}")
+        hyper[name] = float(value)
+    pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
+    training, run = plan(options, model, tokenizer, pairs.lines)
+    train_preferences(model, reference, pairs, training, options.beta, LOSSES[options.loss], hyper, run=run)
+    return compare(model, reference, held_out, options.beta) if held_out else {}
+
+
+def stage_rm(options, device) -> dict:
+    model, tokenizer = open_model(options.init, device, n_outputs=1)
+    pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
+    training, run = plan(options, model, tokenizer, pairs.lines)
+    train_reward_model(model, pairs, training, run=run)
+    return compare(model, None, held_out, options.beta) if held_out else {}
+
+
+def compare(model, reference, pairs: Pairs, beta: float) -> dict:
+    """Accuracy and margin, with standard errors, of the rewards that a policy implies or that a reward model gives."""
+    more = {}
+    if model.score is not None:
+        rewards = score_completions(model, pairs.prompts, pairs.completions, rows=pairs.rows())            # (R,)
+        margins = rewards[pairs.chosen] - rewards[pairs.rejected]                                         # (N,)
+    else:
+        logps = [completion_logps(m, pairs.prompts, pairs.completions, rows=pairs.rows()) for m in (model, reference)]
+        losses, chosen, rejected = dpo_loss(*(side[rows] for side in logps for rows in (pairs.chosen, pairs.rejected)), beta)
+        margins, more = chosen - rejected, {"loss": losses.mean().item(), "chosen_reward": chosen.mean().item(),
+                                            "rejected_reward": rejected.mean().item()}
+    error = lambda x: standard_error(x.numpy()) if len(x) > 1 else None
+    return {"pairs": len(pairs), "accuracy": right(margins).mean().item(), "accuracy_se": error(right(margins)),
+            "margin": margins.mean().item(), "margin_se": error(margins), **more}
+
+
+def stage_ppo(options, device) -> dict:
+    opened = policy, tokenizer = open_model(options.init, device)
+    reward_model = open_model(options.reward, device, n_outputs=1, like=opened)[0]
+    reference, critic = copy.deepcopy(policy), copy.deepcopy(reward_model)
+    room = policy.config.block_size - options.max_new_tokens
+    if room < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in a block of {policy.config.block_size}")
+    lines, texts = zip(*read_texts(options.data, "prompt"))
+    prompts, train = [encode(tokenizer, text) for text in texts], held_out_split([is_held_out(text) for text in texts], options)
+    report(options.data, len(prompts), {"prompts cut on the left": sum(len(prompt) > room for prompt in prompts),
+                                        "prompts held out": int((~train).sum()), "duplicates": len(texts) - len(set(texts))})
+    prompts = [np.array(prompt[-room:], np.int32) for prompt in prompts]
+    ppo = PPO(options.beta, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
+    training, run = plan(options, policy, tokenizer, np.array(lines)[train], "policy.")
+    training = replace(training, steps=options.steps or training.steps * ppo.epochs * (ppo.rollout // ppo.minibatch), eps=1e-5)
+    reward = lambda prompts, completions: score_completions(reward_model, prompts, completions)
+    train_ppo(policy, critic, reference, [prompts[i] for i in np.flatnonzero(train)], reward, ppo, training, run=run)
+    rest = [prompts[i] for i in np.flatnonzero(~train)[:256]]
+    if not rest:
+        return {}
+    completions = generate(policy, rest, options.max_new_tokens)
+    kl = completion_logps(policy, rest, completions) - completion_logps(reference, rest, completions)
+    return {"held_out_reward": reward(rest, completions).mean().item(), "held_out_kl": kl.mean().item()}
+
+
+def stage_eval(options, device) -> dict:
+    opened = model, tokenizer = open_model(options.init, device, n_outputs=None if options.reference else 1)
+    if not options.reference and not model.score.weight.any():
+        raise ValueError(f"{options.init}: a language model's rewards need --reference; without one, --init is a reward model")
+    reference = open_model(options.reference, device, like=opened)[0] if options.reference else None
+    pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
+    if not options.all and held_out is None:
+        print("no prompt falls in the held-out tenth: every pair is evaluated")
+    return compare(model, reference, held_out or pairs, options.beta)
+
+
+def stage_sample(options, device) -> dict:
+    models = [open_model(name, device) for name in options.init]
+    reference, tokenizer = open_model(options.reference, device) if options.reference else models[0]
+    texts, rows = [text for text in options.prompt for _ in range(options.n)], []
+    for model, own in models:
+        torch.manual_seed(options.seed)
+        ids = [encode(own, text) or [own.eot_token] for text in texts]
+        new = min(options.max_new_tokens, model.config.block_size - 1)
+        completions = generate(model, ids, new, options.temperature, top_k=options.top_k, top_p=options.top_p)
+        ids, rewards = [prompt[new - model.config.block_size:] for prompt in ids], [None] * len(ids)
+        if own._mergeable_ranks == tokenizer._mergeable_ranks and reference.config.block_size >= model.config.block_size:
+            rewards = (options.beta * (completion_logps(model, ids, completions) - completion_logps(reference, ids, completions))).tolist()
+        rows.append([(decode(own, completion), reward) for completion, reward in zip(completions, rewards)])
+    for text, row in zip(texts, zip(*rows)):
+        print(f"\n{text} ...")
+        for name, (completion, reward) in zip(options.init, row):
+            print(f"  {name}  reward {'-' if reward is None else format(reward, '+.2f')}  ...{completion}")
+    return {}
+
+
+TRAIN = " out resume overwrite save-every epochs steps batch-size micro-batch learning-rate fsdp compile"
+STAGES = {                              # name: (function, one line, its options); all take --seed and --beta
+    "sft": (stage_sft, "imitate texts", "data init? all vocab-size block-size n-layer n-head n-embd dropout" + TRAIN),
+    "dpo": (stage_dpo, "learn from preferences", "data init reference all skip-long loss hyper" + TRAIN),
+    "rm": (stage_rm, "fit a reward model", "data init all skip-long" + TRAIN),
+    "ppo": (stage_ppo, "maximise a reward model", "data init all reward ppo-epochs minibatch max-new-tokens" + TRAIN),
+    "eval": (stage_eval, "held-out preference accuracy and margins", "data init reference all skip-long"),
+    "sample": (stage_sample, "completions, side by side", "init+ reference prompt n max-new-tokens temperature top-k top-p")}
+OPTIONS = {                             # name: (default, help). A type: no default. False: a switch. Some must be given, see MUST
+    "data": (Path, "JSONL: {prompt, chosen, rejected}, {text} for sft, {prompt} for ppo"),
+    "out": (Path, "directory for the model, its checkpoint and metrics.jsonl"),
+    "init": (str, "the model to start from: a directory, or gpt2, gpt2-medium, gpt2-large"),
+    "init?": (str, "start from this directory, gpt2, gpt2-medium or gpt2-large; else from scratch"),
+    "init+": ([], "a model; again for each further one"),
+    "reference": (str, "the reference policy; else --init, the first one"),
+    "reward": (str, "the reward model's directory"),
+    "prompt": ([], "a text to go on from; again for each further one"),
+    "all": (False, "use every row: no tenth of the prompts is held out"),
+    "skip-long": (False, "leave out pairs with a completion that does not fit, and count them"),
+    "loss": ("dpo", f"one of {', '.join(LOSSES)}"),
+    "hyper": ([], "NAME=VALUE, a setting of the loss, such as label_smoothing=0.1"),
+    "vocab-size": (512, "from scratch: tokens of the byte-pair encoding"),
+    "block-size": (256, "from scratch: longest sequence, in tokens"),
+    "n-layer": (4, "from scratch: layers"), "n-head": (4, "from scratch: attention heads"), "n-embd": (128, "from scratch: width"),
+    "dropout": (0.0, "from scratch: share of units dropped in training"),
+    "resume": (False, "go on from --out's checkpoint, if there is one"),
+    "overwrite": (False, "write into --out though it is not empty"),
+    "save-every": (100, "steps between checkpoints"),
+    "epochs": (1.0, "passes over the data"),
+    "steps": (int, "optimiser steps, instead of --epochs"),
+    "batch-size": (64, "rows of one step, of all processes together"),
+    "micro-batch": (int, "rows of one forward pass; less memory, same gradient"),
+    "learning-rate": (float, "its peak; by default after the stage and the model's width"),
+    "fsdp": (False, "under torchrun: shard the model (FSDP2) instead of copying it (DDP)"),
+    "compile": (False, "torch.compile the model"),
+    "ppo-epochs": (4, "passes over a rollout of --batch-size completions"),
+    "minibatch": (int, "completions of one optimiser step; else the whole rollout"),
+    "max-new-tokens": (48, "longest completion"), "n": (1, "completions of each prompt"),
+    "temperature": (1.0, "0 is greedy"), "top-k": (0, "only the k likeliest tokens; 0 is all"),
+    "top-p": (1.0, "only the likeliest tokens that hold this share"),
+    "seed": (0, "one seed gives the same numbers again on the same machine"),
+    "beta": (0.1, "weight of the KL, in reward units per nat")}
+MUST, ZERO = ("data", "out", "init", "init+", "reward", "prompt"), ("seed", "top-k", "temperature", "dropout")    # must be given; may be 0
+
+
+def add_option(parser, name: str):
+    default, text = OPTIONS[name]
+    kind = default if isinstance(default, type) else type(default)
+
+    def number(value):
+        if not 0 <= kind(value) < math.inf or kind(value) == 0 and name not in ZERO:
+            raise argparse.ArgumentTypeError(f"{value} is out of range")
+        return kind(value)
+    how = ({"action": "store_true"} if default is False else {"action": "append", "default": []} if default == [] else
+           {"type": number if kind in (int, float) else kind, "default": None if isinstance(default, type) else default})
+    parser.add_argument("--" + name.rstrip("?+"), help=text, **how, **({"required": True} if name in MUST else {}),
+                        **({"choices": LOSSES} if name == "loss" else {}))
+
+
+def run_stage(options):
+    """One stage, from its arguments to its summary."""
+    started, world, local = time.time(), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    cuda, out = torch.cuda.is_available(), getattr(options, "out", None)
+    device = f"cuda:{local}" if cuda else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if out:
+        names = {path.name.removesuffix(".part") for path in out.iterdir()} if out.is_dir() else set()
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out}: --out is a directory's name, and this is a file")
+        if names and not options.overwrite and not (options.resume and names <= OURS):
+            raise ValueError(f"{out}: " + ("holds a run already: --resume goes on with it, --overwrite begins anew" if names <= OURS else
+                                           "not empty, and not a run of this program: --overwrite writes into it all the same"))
+        if any(find_model(name).resolve() == out.resolve() for name in (getattr(options, n, None) for n in ("init", "reference", "reward")) if name):
+            raise ValueError(f"{out}: --out would overwrite a model that the run starts from")
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(options.seed)
+    summary = STAGES[options.stage][0](options, device)
+    summary = {"stage": options.stage, **summary, "seconds": round(time.time() - started, 1)}
+    if options.stage != "sample" and process()[0] == 0:
+        if out:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"summary": True, **summary}) + "\n")
+        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items()))
+
+
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="Direct Preference Optimization. Without arguments: the whole comparison.")
     parser.add_argument("--fast", action="store_true", help="the same story in a quarter of the time, less precise")
     parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures")
     parser.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the results")
+    stages = parser.add_subparsers(dest="stage", title="on your own data")
+    for name, (_, line, names) in STAGES.items():
+        stage = stages.add_parser(name, help=line, description=line)
+        stage.set_defaults(out=None)
+        for option in (names + " seed beta").split():
+            add_option(stage, option)
     options = parser.parse_args(arguments)
-    scale, note = (FAST, "fast run, less precise") if options.fast else (Scale(), "")
+    code, scale, note = 0, *((FAST, "fast run, less precise") if options.fast else (Scale(), ""))
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if options.sweep:
-            finer = replace(scale, limit_samples=2 * scale.limit_samples)
-            sweep(range(options.seed, options.seed + 3), options.out, finer)
+        if not options.stage:
+            options.out.mkdir(parents=True, exist_ok=True)
+        if options.stage:
+            run_stage(options)
+        elif options.sweep:
+            sweep(range(options.seed, options.seed + 3), options.out, replace(scale, limit_samples=2 * scale.limit_samples))
         else:
             demonstrate(scale, options.seed, options.out, note)
-    except (FloatingPointError, ValueError, OSError) as error:
-        print(f"dpo.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-    return 0
+    except (FloatingPointError, RunFailed, dist.DistError, RuntimeError, ValueError, OSError) as error:
+        code, lost = 2 if isinstance(error, (ValueError, OSError)) else 1, type(error) is RuntimeError or isinstance(error, dist.DistError)
+        if lost and process()[1] > 1:
+            error = f"another process died or hangs; --resume goes on from the last checkpoint ({str(error).splitlines()[0]})"
+        if process()[0] == 0 or lost:                                            # what all processes find, one says
+            print(f"dpo.py: {str(error).strip()}".splitlines()[0], file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 1
+    if dist.is_initialized():                                                    # leave together, and without taking gloo's threads
+        if not code:                                                             # apart: on a busy machine that aborts now and then
+            dist.barrier()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
