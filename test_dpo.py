@@ -3,6 +3,7 @@
     pytest                                       everything, in some minutes
     pytest -m "not slow"                         all but the kills, the processes and the training on real text: in half a minute
     DPO_MODULE=my_dpo pytest -k loss             the loss tests alone, against your own my_dpo.py
+    DPO_MODULE=exercises pytest                  all that grades a module of notebooks/ or your own, and nothing else
 
 Each test states its mathematics in its docstring, works it out on numbers that pen and paper or full enumeration give, and
 must *reject* a wrong variant: a test that cannot fail proves nothing. `rejects(check, wrong)` says so in the code.
@@ -88,6 +89,8 @@ def normal(*shape, seed=0):
 # ======================================================================================================================
 # Tests with "loss" in their name touch nothing of the module under test but dpo_loss, LOSSES and plackett_luce_loss.
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "notebooks"))                              # exercises.py and solutions.py
 MODULE = os.environ.get("DPO_MODULE", "dpo")
 
 
@@ -118,6 +121,7 @@ MISTAKES = {                                                                    
     "attached": "the rewards carried gradient: detach them, they are for logging",
     "bare rewards": "the rewards were not multiplied by beta",
     "smoothing": "label_smoothing weighed the wrong side: 1-e goes to the label as given",
+    "no smoothing": "label_smoothing were ignored",
 }
 
 
@@ -128,7 +132,7 @@ def planted(mistake=None):
             rc, rr = 0 * rc, 0 * rr
         if mistake == "upside down":
             pc, pr, rc, rr = rc, rr, pc, pr
-        d_w, d_l, e = pc - rc, pr - rr, label_smoothing
+        d_w, d_l, e = pc - rc, pr - rr, 0 if mistake == "no smoothing" else label_smoothing
         z = (d_l - d_w if mistake == "sign" else d_w - d_l) * {"no beta": 1, "beta twice": beta ** 2}.get(mistake, beta)
         log_s = (lambda z: z.sigmoid().log()) if mistake == "log of sigmoid" else F.logsigmoid
         losses = -e * log_s(z) - (1 - e) * log_s(-z) if mistake == "smoothing" and e else -(1 - e) * log_s(z) - (e * log_s(-z) if e else 0)
@@ -139,14 +143,20 @@ def planted(mistake=None):
     return loss
 
 
+def fingerprint(results):
+    """What a function returned, rounded, so that two functions can be compared."""
+    return [(r.shape, r.requires_grad, [round(v, 4) if math.isfinite(v) else str(v) for v in r.flatten().tolist()])
+            for r in (torch.as_tensor(np.array(r) if isinstance(r, np.ndarray) else r)
+                      for r in (results if isinstance(results, (tuple, list)) else [results]))]
+
+
 def diagnose(loss):
     """The planted mistake, if any, that behaves as `loss` does on a panel of pairs: the likely mistake, by name."""
     smoothed = {"label_smoothing": 0.2} if "label_smoothing" in inspect.signature(loss).parameters else {}
 
     def behaviour(loss):
         pairs = torch.tensor([[-4.0, -6, -5, -5], [-7, -3, -2, -8], [-900, -1, -1, -900]], requires_grad=True)
-        results = [*loss(*pairs.T, 0.5), *loss(*pairs.T, 0.5, **smoothed)]
-        return [(r.shape, r.requires_grad, [round(v, 4) if math.isfinite(v) else str(v) for v in r.flatten().tolist()]) for r in results]
+        return fingerprint([*loss(*pairs.T, 0.5), *loss(*pairs.T, 0.5, **smoothed)])
     found = behaviour(loss)
     likely = [why for mistake, why in MISTAKES.items() if behaviour(planted(mistake)) == found != behaviour(planted())]
     return f"Your dpo_loss behaves as if {likely[0]}." if likely else ""
@@ -576,7 +586,7 @@ def test_label_smoothing_loss_optimum(e):
         losses = loss(pc, zeros, zeros, zeros, 0.1, label_smoothing=e)[0]
         close(losses, float64(-(1 - e) * math.log(1 - e) - e * math.log(e)), "label smoothing's least value")
         close(torch.autograd.grad(losses.sum(), pc)[0], float64(0), "label smoothing's optimum is s(beta h) = 1-e")
-    judge_loss(check, "smoothing", "sign", "no beta")
+    judge_loss(check, "smoothing", "no smoothing", "sign", "no beta")
 
 
 def test_plackett_luce_loss():
@@ -2775,3 +2785,324 @@ def test_notebook_runs(path):
     """Every cell runs in a new kernel; what the prose states is asserted in the cells themselves."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     nbclient.NotebookClient(nbformat.read(path, 4), timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
+
+
+# ======================================================================================================================
+# 7. The exercises
+# ======================================================================================================================
+# The functions of notebooks/exercises.py; its dpo_loss is graded by the loss tests. Without DPO_MODULE the solutions are judged.
+# A planted mistake must not only fail: it is told from all the others, and a wrong answer that behaves like it hears so.
+
+
+def judge(name, check, panel, mistakes):
+    """The module's function passes the check. mistakes: {"your function behaves as if ...": a wrong variant}; each of them fails
+    the check, and is told that very sentence. A mistake is recognised by what is returned on `panel`, a list of arguments: wholly,
+    or, where there are several mistakes at once, on some of it."""
+    __tracebackhide__ = True
+    solution = getattr(importlib.import_module("solutions"), name)
+
+    def behaviour(function):
+        results = [function(*arguments) for arguments in panel]
+        if any(result is None for result in results):
+            pytest.fail(f"{name} returns None: is its `return` missing?")
+        return [fingerprint(result) for result in results]
+
+    def verdict(function):
+        __tracebackhide__ = True
+        mine, right = behaviour(function), behaviour(solution)
+        try:
+            check(function)
+        except AssertionError as error:
+            alike = {why: (behaviour(wrong) == mine, sum(a == b != c for a, b, c in zip(behaviour(wrong), mine, right)))
+                     for why, wrong in mistakes.items()}
+            likely = max(alike, key=alike.get)
+            raise AssertionError((f"Your {name} behaves as if {likely}.\n" if any(alike[likely]) else "") + str(error)) from None
+    with np.errstate(all="ignore"):
+        verdict(solution if MODULE == "dpo" else under_test(name))
+        for why, wrong in mistakes.items():
+            with pytest.raises(AssertionError, match=re.escape(f"Your {name} behaves as if {why}.")):
+                verdict(wrong)
+
+
+TABLE = (3 + torch.stack([float64(0.5, 0.25, 0.125, 0.125).log().roll(i) for i in range(4)])).requires_grad_()
+BIGRAM = lambda tokens: TABLE[tokens]                                            # test_sequence_logps_by_hand's, as logits
+ROWS = pad([[1], [0, 1]], [[2, 3], [0, 2, 3]])                                   # its two rows: log pi = -4 ln 2 and -8 ln 2
+
+
+def leaks(function):
+    """The mistakes of a mask, around a function(model, tokens, mask)."""
+    after = lambda mask: mask.long().cumsum(1) > 0                               # the response and what stands behind it
+    return {"pads were counted: the response is where mask is True": lambda model, tokens, mask: function(model, tokens, after(mask)),
+            "prompt tokens were counted: they are given": lambda model, tokens, mask: function(model, tokens, mask | ~after(mask)),
+            "EOS were left out: then nothing learns to stop": lambda model, tokens, mask: function(model, tokens, mask & (tokens != 3))}
+
+
+def test_exercise_sequence_logps():
+    """The two rows of test_sequence_logps_by_hand; and all completions of up to 3 tokens have probabilities that sum to 1."""
+    completions = all_completions(4, 3)
+
+    def check(logps):
+        close(logps(BIGRAM, *ROWS), float64(-4 * LN2, -8 * LN2), "log pi(response | prompt) of two rows", 1e-5)
+        total = logps(BIGRAM, *pad([[1]] * len(completions), completions)).exp().sum()
+        close(total, 1.0, "the probabilities of all completions must sum to 1", 1e-5)
+        assert total.requires_grad, "the result carries no gradient"
+    judge("sequence_logps", check, [(BIGRAM, *ROWS)], {
+        "there were no next-token shift: logits[:, t] predict token t + 1": lambda *args: naive_logps(*args, shift=False),
+        "it averaged instead of summing: log pi(y|x) is a sum over tokens": lambda *args: naive_logps(*args, mean=True),
+        "logits were taken for log-probabilities: where is log_softmax?": lambda model, tokens, mask: (
+            model(tokens)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2) * mask[:, 1:]).sum(1),
+        "the result were detached: training needs its gradient": lambda *args: naive_logps(*args).detach(), **leaks(naive_logps)})
+
+
+def test_exercise_sft():
+    """The same two rows: 4 ln 2 + 8 ln 2 over 2 + 3 tokens are 12/5 ln 2. The mean of the rows' means would be 7/3 ln 2."""
+    total = lambda model, tokens, mask, **how: -naive_logps(model, tokens, mask, **how).sum()
+    right = lambda model, tokens, mask, **how: total(model, tokens, mask, **how) / mask.sum()
+
+    def check(loss):
+        close(loss(BIGRAM, *ROWS), 12 / 5 * LN2, "nats per response token of two rows", 1e-5)
+    judge("sft_loss", check, [(BIGRAM, *ROWS)], {
+        "each row were averaged alone: all response tokens of the batch weigh the same": lambda *args: -naive_logps(*args, mean=True).mean(),
+        "it summed: divide by the number of response tokens": total,
+        "it divided by the number of rows, not of response tokens": lambda *args: total(*args) / 2,
+        "it divided by all places, prompt and pads too": lambda *args: total(*args) / args[1].numel(),
+        "the sign were reversed: likelier must be less loss": lambda *args: -right(*args),
+        "there were no next-token shift: logits[:, t] predict token t + 1": lambda *args: right(*args, shift=False), **leaks(right)})
+
+
+def test_exercise_gradient():
+    """dL/dz = s(z) - (1-e), dz/d log pi_w = beta = -dz/d log pi_l. With beta = 1/2 and the pairs 1, 2 of test_loss_of_hand_worked_pairs,
+    s(z) = 3/4 and 1/4: the chosen get -1/8 and -3/8; with e = 1/5, -1/40 and -11/40. And the result is autograd's, for 20 pairs."""
+    hand = float64(math.log(3), -math.log(3)), float64(-math.log(3), math.log(3)), float64(0, 0), float64(0, 0), 0.5
+    random = *(5 * normal(4, 20, seed=6)), 0.3, 0.1
+
+    def variant(slope=lambda z, e: e * z.sigmoid() - (1 - e) * (-z).sigmoid(), factor=1.0, reference=1.0, mean=False, sides=(1, -1)):
+        def gradient(pc, pr, rc, rr, beta=0.1, label_smoothing=0.0):
+            z = beta * (pc - pr - reference * (rc - rr))
+            result = beta ** factor * slope(z, label_smoothing) / (len(z) if mean else 1)
+            return tuple(side * result for side in sides)
+        return gradient
+
+    def by_autograd(pc, pr, rc, rr, beta=0.1, label_smoothing=0.0):
+        with torch.enable_grad():
+            pc, pr = pc.clone().requires_grad_(), pr.clone().requires_grad_()
+            return torch.autograd.grad(planted()(pc, pr, rc, rr, beta, label_smoothing)[0].sum(), (pc, pr))
+
+    def check(gradient):
+        for arguments, expected in ((hand, float64(-1 / 8, -3 / 8)), ((*hand, 0.2), float64(-1 / 40, -11 / 40))):
+            close(torch.stack(gradient(*arguments)), torch.stack([expected, -expected]), "the two pairs of this test's docstring")
+        close(torch.stack(gradient(*random)), torch.stack(by_autograd(*random)), "the gradient must be autograd's of dpo_loss")
+        try:
+            with torch.inference_mode():                                         # where autograd has nothing to say
+                gradient(*random)
+        except RuntimeError as error:
+            raise AssertionError(f"by hand: take the derivative with pen and paper, without autograd ({error})") from None
+    judge("dpo_gradient", check, [hand, random], {
+        "the sign were reversed: the loss falls where the chosen rises": variant(sides=(-1, 1)),
+        "beta were left out of the chain rule: dz/d log pi_w = beta": variant(factor=0.0),
+        "the weight were s(z), large on pairs already learnt: it is s(-z)": variant(lambda z, e: e * (-z).sigmoid() - (1 - e) * z.sigmoid()),
+        "there were no weight: that is unlikelihood, which never lets go": variant(lambda z, e: torch.full_like(z, 2 * e - 1)),
+        "it averaged over pairs: it is the gradient of the sum": variant(mean=True),
+        "the reference were left out: it enters through the weight": variant(reference=0.0),
+        "label_smoothing were ignored": variant(lambda z, e: -(-z).sigmoid()),
+        "both sides were pushed the same way: the rejected's gradient is minus the chosen's": variant(sides=(1, 1))})
+    with pytest.raises(AssertionError, match="by hand"):
+        check(by_autograd)
+
+
+def test_exercise_reward_model():
+    """Margins ln 3, -ln 3, 0: s = 3/4, 1/4, 1/2, so the losses are ln(4/3), ln 4, ln 2. In float32, margins of 1e5: 0 and 1e5."""
+    chosen, rejected = float64(1 + math.log(3), 1, 5), float64(1, 1 + math.log(3), 5)
+    far = torch.tensor([1e5, 0.0]), torch.tensor([0.0, 1e5])
+
+    def check(loss):
+        close(loss(chosen, rejected), float64(math.log(4 / 3), math.log(4), LN2), "the three pairs of this test's docstring")
+        close(loss(*far), float64(0, 1e5), "margins of 1e5 in float32")
+    judge("reward_model_loss", check, [(chosen, rejected), far], {
+        "the sign were reversed: the margin is chosen minus rejected": lambda w, l: -F.logsigmoid(l - w),
+        "it averaged over pairs: return one loss a pair, (B,)": lambda w, l: -F.logsigmoid(w - l).mean(),
+        "each score had a sigmoid of its own: there is one, of the difference": lambda w, l: -F.logsigmoid(w) - F.logsigmoid(-l),
+        "it took log(sigmoid), which underflows: use logsigmoid": lambda w, l: -(w - l).sigmoid().log(),
+        "the logarithm were left out: the loss is minus log s(margin)": lambda w, l: -(w - l).sigmoid()})
+
+
+def test_exercise_gae():
+    """test_gae_by_hand's response, r = (0, 0, 1), V = (1/2, 1/4, 1/2), with gamma = lam = 1/2, from the end:
+
+        delta_3 = 1/2     A_3 = 1/2;     delta_2 = 0 + 1/4 - 1/4 = 0     A_2 = 0 + 1/4 1/2 = 1/8
+        delta_1 = 0 + 1/8 - 1/2 = -3/8   A_1 = -3/8 + 1/4 1/8 = -11/32;  returns A + V = 5/32, 3/8, 1
+
+    and with gamma = 1, lam = 1/2 as there. A 99 stands where mask is False.
+    """
+    rewards, values, mask = float64(99, 0, 0, 1, 99)[None], float64(99, 0.5, 0.25, 0.5, 99)[None], torch.tensor([[0, 1, 1, 1, 0]]).bool()
+    random = normal(3, 7, seed=7), normal(3, 7, seed=8), torch.arange(7) % 7 < torch.tensor([7, 5, 4])[:, None], 0.9, 0.7
+
+    def variant(mistake):
+        def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+            if mistake == "swapped":
+                gamma, lam = lam, gamma
+            if mistake == "no mask":
+                mask = torch.ones_like(mask)
+            if mistake != "leak":
+                rewards, values = rewards * mask, values * mask
+            advantages, A, order = torch.zeros_like(values), 0.0, range(values.shape[1])
+            bootstrap = {"no bootstrap": 0.0}.get(mistake, gamma)
+            delta = rewards + bootstrap * F.pad(values[:, 1:], (0, 1)) - values
+            decay = {"no lam": gamma, "no gamma": lam}.get(mistake, gamma * lam)
+            for t in order if mistake == "forward" else reversed(order):
+                A = delta[:, t] + decay * A
+                advantages[:, t] = A = A if mistake == "leak" else A * mask[:, t]
+            returns = advantages if mistake == "returns" else advantages + values
+            if mistake == "whitened":
+                advantages = dpo.whiten(advantages, mask)
+            return advantages * mask, returns * mask
+        return gae
+
+    def check(gae):
+        for gamma, advantages, returns in ((0.5, (0, -11 / 32, 1 / 8, 1 / 2, 0), (0, 5 / 32, 3 / 8, 1, 0)),
+                                           (1.0, (0, 0, 0.5, 0.5, 0), (0, 0.5, 0.75, 1, 0))):
+            found = gae(rewards, values, mask, gamma, 0.5)
+            close(found[0], float64(*advantages)[None], f"advantages at gamma {gamma}, lam 1/2")
+            close(found[1], float64(*returns)[None], f"returns at gamma {gamma}, lam 1/2")
+        advantages = gae(*random)[0]
+        close(advantages[1:], torch.cat([gae(*(x[[i]] for x in random[:3]), *random[3:])[0] for i in (1, 2)]), "rows must not touch each other")
+    judge("gae", check, [(rewards, values, mask, 0.5, 0.5), random], {why: variant(mistake) for mistake, why in {
+        "no mask": "mask were ignored: prompt and pads are no steps",
+        "leak": "what stands behind the response leaked in: V and A are 0 there",
+        "whitened": "the advantages were whitened: that comes later, outside",
+        "swapped": "gamma and lam were swapped: gamma alone multiplies V_{t+1}",
+        "no lam": "lam were left out of the recursion: A_t = delta_t + gamma lam A_{t+1}",
+        "no gamma": "gamma were left out of the recursion: A_t = delta_t + gamma lam A_{t+1}",
+        "no bootstrap": "gamma V_{t+1} were left out of delta",
+        "returns": "the values were not added: return_t = A_t + V_t",
+        "forward": "the recursion ran from the first token to the last: it starts at the last"}.items()})
+
+
+def test_exercise_ppo():
+    """Ratio and A of test_clipped_tokens_have_zero_gradient: losses -1.2, 1.3, -.7, .8, -1, 0 (masked) and the gradients there.
+    Values of test_value_clipping_by_hand: V_old = 0, R = 1, V = .1, .5, -.5 give .405, .32, 1.125."""
+    ratio, advantages = float64(1.3, 1.3, 0.7, 0.7, 1, 1.3)[None], float64(1, -1, 1, -1, 1, -1)[None]
+    mask, zeros, ones = torch.tensor([[1, 1, 1, 1, 1, 0]]), torch.zeros(1, 6, dtype=torch.float64), torch.ones(1, 6, dtype=torch.float64)
+    values = float64(0.1, 0.5, -0.5, 0.1, 0.5, 0.5)[None]
+    logps = ratio.log().requires_grad_()
+    arguments = logps, zeros, advantages, values, zeros, ones, mask
+    random = normal(3, 2, 7, seed=9).unbind()
+    random = 0.3 * random[0], 0.3 * random[1], random[2], *normal(3, 2, 7, seed=10), torch.arange(7) < torch.tensor([[7], [4]])
+
+    def variant(mistake):
+        def losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
+            ratio = (old_logps - logps if mistake == "upside down" else logps - old_logps)
+            ratio = ratio if mistake == "no exp" else ratio.exp()
+            ratio = ratio.detach() if mistake == "detached" else ratio
+            pair = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+            gain = {"no min": pair[1], "no clip": pair[0], "max": torch.max(*pair)}.get(mistake, torch.min(*pair))
+            clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+            errors = (values - returns).square(), (clipped - returns).square()
+            error = {"no value clip": errors[0], "value min": torch.min(*errors)}.get(mistake, torch.max(*errors))
+            results = (gain if mistake == "sign" else -gain), (1.0 if mistake == "no half" else 0.5) * error
+            if mistake != "no mask":
+                results = [result * mask for result in results]
+            return *((result.sum() / mask.sum() for result in results) if mistake == "mean" else results), ratio
+        return losses
+
+    def check(losses):
+        policy_loss, value_loss, found = losses(*arguments)
+        close(policy_loss, float64(-1.2, 1.3, -0.7, 0.8, -1, 0)[None], "the policy loss of each token")
+        close(found, ratio, "the ratio pi / pi_old")
+        assert policy_loss.requires_grad, "the policy loss carries no gradient"
+        close(torch.autograd.grad(policy_loss.sum(), logps)[0], float64(0, 1.3, -0.7, 0, -1, 0)[None], "the policy loss's gradient")
+        close(value_loss, float64(0.405, 0.32, 1.125, 0.405, 0.32, 0)[None], "the value loss of each token")
+    judge("ppo_losses", check, [arguments, random], {why: variant(mistake) for mistake, why in {
+        "no min": "the minimum were left out: clipped tokens that should be undone are stuck",
+        "no clip": "the ratio were not clipped",
+        "max": "the larger of the two were taken: the loss is minus the minimum",
+        "sign": "the sign of the policy loss were reversed: it is minus the gain",
+        "upside down": "the ratio were upside down: it is pi / pi_old, exp(logps - old_logps)",
+        "no exp": "the ratio were a difference of log-probs: it is its exp",
+        "detached": "the ratio were detached: the policy would not learn",
+        "no value clip": "the value were not clipped",
+        "value min": "the smaller of the two value errors were taken: it is the larger",
+        "no half": "the 1/2 of the value loss were left out",
+        "no mask": "mask were ignored: losses are 0 where it is 0",
+        "mean": "it averaged: return one loss a token, (B,T)"}.items()})
+
+
+def test_exercise_soft_value_iteration():
+    """The lake SG, two steps, uniform reference, beta = 1/ln 3, so that e^{1/beta} = 3. Last step at S: weights 1, 1, 3, 1 (right
+    reaches G), sum over four 3/2 = e^{V/beta}. First step: 3/2, 3/2, 3, 3/2, so (1/5, 1/5, 2/5, 1/5). And gridworld's optimum
+    on slippery ice with an arbitrary reference, at beta .3 and at .0005, where e^{1/beta} overflows."""
+    hand, lake = gw.FrozenLake(["SG"], horizon=2), gw.FrozenLake(SMALL, 0.2, 4)
+    arrays = lambda lake, reference, beta: (lake.P, lake.reward, lake.terminal, reference, beta)
+    cases = [arrays(lake, random_policy(lake), beta) for beta in (0.3, 0.0005)]
+
+    def variant(mistake):
+        def soft_value_iteration(P, reward, terminal, reference, beta):
+            beta = {"no beta": 1.0, "beta upside down": 1 / beta}.get(mistake, beta)
+            reference = np.full_like(reference, 0.25) if mistake == "no reference" else reference
+            V, policy = np.zeros(len(P)), np.empty_like(reference)
+            for t in reversed(range(len(reference))):
+                Q = reward[:, None] + P @ V if mistake == "leaving" else P @ (reward + V)
+                if mistake == "luck":
+                    Q = beta * np.log(P @ np.exp((reward + V) / beta))
+                Q = Q if mistake == "terminal" else Q * ~terminal[:, None]
+                top = 0 if mistake == "overflow" else Q.max(-1, keepdims=True)
+                weights = reference[t] * np.exp((Q - top) / beta)
+                V = (top + beta * np.log(weights.sum(-1, keepdims=True)))[:, 0]
+                V = {"max": Q.max(-1), "mean": (reference[t] * Q).sum(-1), "myopic": 0 * V}.get(mistake, V)
+                policy[t] = weights / weights.sum(-1, keepdims=True)
+            return policy[::-1] if mistake == "time" else policy[[0] * len(policy)] if mistake == "stationary" else policy
+        return soft_value_iteration
+
+    def check(solve):
+        policy = np.array(solve(*arrays(hand, np.full((2, 2, 4), 0.25), 1 / math.log(3))))
+        close(policy[:, 0], float64(1 / 5, 1 / 5, 2 / 5, 1 / 5, 1 / 6, 1 / 6, 1 / 2, 1 / 6).view(2, 4), "the lake SG, at S")
+        close(policy[:, 1], np.full((2, 4), 0.25), "at a terminal state the policy is the reference")
+        for case in cases:
+            close(np.array(solve(*case)), gw.soft_optimal_policy(lake, *case[3:]), f"slippery ice, beta {case[-1]}", 1e-9)
+    judge("soft_value_iteration", check, cases, {why: variant(mistake) for mistake, why in {
+        "max": "V were the largest Q: it is beta log sum reference exp(Q/beta)",
+        "mean": "V were the reference's mean of Q: that is what the reference is worth, not the optimum",
+        "myopic": "V_{t+1} were left out of Q",
+        "leaving": "the reward were read on leaving a state: it is paid on entering one",
+        "terminal": "terminal were ignored: behind the goal nothing more is paid",
+        "luck": "the log-sum-exp ran over where the ice takes one: it takes the mean there, for luck is no choice",
+        "no beta": "beta were 1",
+        "beta upside down": "it multiplied by beta: it is exp(Q/beta)",
+        "no reference": "the reference were uniform",
+        "overflow": "exp(Q/beta) overflowed: take the largest Q out first",
+        "stationary": "the policy were the same at every step",
+        "time": "the steps were in reverse: policy[0] is the first step"}.items()})
+
+
+# ---- The course itself -----------------------------------------------------------------------------------------------
+
+GRADED = [test for name, test in globals().items() if name.startswith("test_exercise")] + [
+    test_loss_of_hand_worked_pairs, test_loss_swap_symmetry, test_loss_gradient_by_hand, test_loss_gradient_weight,
+    test_loss_survives_extreme_margins, test_loss_is_the_bradley_terry_likelihood]
+
+
+def test_solutions_pass_and_stubs_fail(monkeypatch):
+    """Every graded test passes with the solutions, and with an untouched stub it fails, saying which function is to be written."""
+    monkeypatch.setitem(globals(), "MODULE", "solutions")
+    for test in GRADED:
+        test()
+    if inspect.getsource(importlib.import_module("exercises")).count("raise NotImplementedError") < 8:
+        pytest.skip("somebody has been at the exercises")
+    monkeypatch.setitem(globals(), "MODULE", "exercises")
+    for test in GRADED:
+        with pytest.raises(NotImplementedError, match="is still to be written"):
+            test()
+
+
+def test_solutions_answer_the_same_questions():
+    """Exercises and solutions have the same functions, arguments and docstrings."""
+    def contents(name):
+        module = importlib.import_module(name)
+        return {key: (str(inspect.signature(value)), value.__doc__) for key, value in vars(module).items()
+                if inspect.isfunction(value) and value.__module__ == name}
+    assert contents("exercises") == contents("solutions") and len(contents("exercises")) == 8
+
+
+if MODULE != "dpo":                                                              # grading: keep only the tests that judge the module
+    for name in [name for name in globals() if name.startswith("test_") and not re.search("loss|exercise", name)]:
+        del globals()[name]

@@ -1,0 +1,145 @@
+"""Solutions of the exercises. `DPO_MODULE=solutions pytest` grades them; so does every ordinary run of the tests."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def sequence_logps(model, tokens, mask):
+    """log pi(response | prompt) of each row: the sum of the log-probabilities of its response tokens.
+
+    model(tokens) -> logits (B,T,V), where logits[:, t] predict the token at t + 1, not the one at t. tokens (B,T) long;
+    mask (B,T) bool, never True in column 0, which nothing predicts. Returns (B,), in nats, differentiable.
+
+        log pi(y|x) = sum_{t: mask[t]} log softmax(logits[t-1])[tokens[t]]
+
+    Graded by: pytest -k exercise_sequence_logps
+    """
+    logps = model(tokens)[:, :-1].log_softmax(-1)                                # position t predicts token t + 1: (B, T-1, V)
+    logps = logps.gather(2, tokens[:, 1:, None]).squeeze(2)                      # (B, T-1)
+    return torch.where(mask[:, 1:], logps, 0).sum(1)
+
+
+def sft_loss(model, tokens, mask):
+    """Supervised fine-tuning: the mean negative log-probability of a response token, a scalar in nats per token.
+
+    Arguments as in sequence_logps. All response tokens of the batch weigh the same, so a long response weighs more than a
+    short one: divide the batch's sum by the batch's number of response tokens.
+
+        L = -sum_rows log pi(y|x) / sum_rows |y|
+
+    Graded by: pytest -k exercise_sft
+    """
+    return -sequence_logps(model, tokens, mask).sum() / mask.sum()
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             beta=0.1, label_smoothing=0.0):
+    """The DPO loss of each pair, and the rewards that the policy implies (arXiv 2305.18290, Eq 7).
+
+    All arguments (B,): summed log-probabilities in nats. beta: reward units per nat. label_smoothing: e, the chance that a
+    label is flipped, in [0, 0.5). Returns losses (B,), not their mean, chosen_rewards (B,) and rejected_rewards (B,), the
+    latter two without gradient. They must stay finite, and so must the gradient, at margins of 1e5 in float32.
+
+        d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l)
+        losses = -(1-e) log s(z) - e log s(-z),    rewards = beta d
+
+    Graded by: pytest -k loss
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps              # d_w
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps        # d_l
+    z = beta * (chosen_logratios - rejected_logratios)
+    losses = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
+
+
+def dpo_gradient(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+                 beta=0.1, label_smoothing=0.0):
+    """The gradient of the *sum* of dpo_loss's losses, by hand: no autograd.
+
+    Arguments as in dpo_loss. Returns two tensors (B,): the derivatives by policy_chosen_logps and by policy_rejected_logps,
+    in loss units per nat. Take the derivative with pen and paper first; for e = 0 it is the weight of the paper's gradient:
+
+        dL/d log pi(y_w) = -beta s(-z),   dL/d log pi(y_l) = +beta s(-z)              (e = 0; find the general case)
+
+    Graded by: pytest -k exercise_gradient
+    """
+    z = beta * ((policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps))
+    # d/dz log s(z) = s(-z), so dL/dz = -(1-e) s(-z) + e s(z); and dz/d log pi_w = beta, dz/d log pi_l = -beta
+    slope = beta * (label_smoothing * z.sigmoid() - (1 - label_smoothing) * (-z).sigmoid())
+    return slope, -slope
+
+
+def reward_model_loss(chosen_scores, rejected_scores):
+    """The reward model's loss of each pair: minus the log-likelihood of its label under Bradley-Terry.
+
+    chosen_scores, rejected_scores (B,): the scores of the two completions, in reward units. Returns losses (B,), not their
+    mean, finite at margins of 1e5 in float32.
+
+        p(y_w > y_l) = s(score_w - score_l)
+
+    Graded by: pytest -k exercise_reward_model
+    """
+    return -F.logsigmoid(chosen_scores - rejected_scores)
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (arXiv 1506.02438).
+
+    rewards, values (B,T): the reward paid for a token, and the critic's value of the text before it. They may hold anything
+    where mask (B,T) is False; the response is one run of tokens without a gap. Returns advantages and returns (B,T), both 0
+    where mask is False, not whitened. Behind the last response token V and A are 0.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
+
+    Graded by: pytest -k exercise_gae
+    """
+    mask = mask.bool()
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    advantages, A, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        A = torch.where(mask[:, t], delta + gamma * lam * A, 0)
+        advantages[:, t], next_value = A, values[:, t]
+    return advantages, advantages + values
+
+
+def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
+    """PPO's policy loss and value loss of each token, and the ratio (arXiv 1707.06347, Eq 7).
+
+    All arguments (B,T). Returns policy_loss, value_loss, both 0 where mask is 0, and ratio, all (B,T).
+
+        ratio  = pi / pi_old
+        policy = -min( ratio A, clip(ratio, 1-clip, 1+clip) A )
+        value  = 1/2 max( (V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2 )
+
+    Graded by: pytest -k exercise_ppo
+    """
+    ratio = (logps - old_logps).exp()
+    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    value_loss = 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square())
+    return policy_loss * mask, value_loss * mask, ratio
+
+
+def soft_value_iteration(P, reward, terminal, reference, beta):
+    """The policy that maximises E[sum of rewards] - beta KL(pi || reference) in H steps, from the last step backwards.
+
+    Numpy arrays. P (S,A,S): transition probabilities. reward (S,): paid on *entering* a state. terminal (S,) bool: there the
+    episode is over and pays nothing more, so Q is 0 and the policy stays the reference. reference (H,S,A): positive
+    probabilities. beta: reward units per nat; it may be .001, where exp(Q/beta) overflows unless the maximum is taken out.
+    Returns the policy (H,S,A). With V_H = 0:
+
+        Q_t(s,a)    = E_{s' ~ P(s,a)}[ reward(s') + V_{t+1}(s') ]
+        V_t(s)      = beta log sum_a reference_t(a|s) exp(Q_t(s,a)/beta)
+        pi*_t(a|s)  = reference_t(a|s) exp((Q_t(s,a) - V_t(s))/beta)
+
+    `gridworld.FrozenLake` has such P, reward and terminal. Graded by: pytest -k exercise_soft_value_iteration
+    """
+    V, policy = np.zeros(len(P)), np.empty_like(reference)
+    for t in reversed(range(len(reference))):
+        Q = P @ (reward + V) * ~terminal[:, None]                                # (S, A)
+        top = Q.max(-1, keepdims=True)
+        weights = reference[t] * np.exp((Q - top) / beta)
+        V = top[:, 0] + beta * np.log(weights.sum(-1))
+        policy[t] = weights / weights.sum(-1, keepdims=True)
+    return policy
