@@ -295,10 +295,11 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
 
-    def forward(self, x, attend):
-        """x (..., C) -> (..., C). All but attend(qkv (..., 3C)) -> (..., C) treats every position alone."""
-        y = self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x))))
-        x = x + F.dropout(y, self.dropout, self.training)
+    def forward(self, x, attend, rows=None):
+        """x (..., C) -> (..., C). All but attend(qkv (..., 3C)) -> (..., C) treats every position alone. rows: the answer for
+        these alone; the others serve as keys and values."""
+        y = self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x)), rows))
+        x = (x if rows is None else F.embedding(rows, x)) + F.dropout(y, self.dropout, self.training)
         y = self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
         return x + F.dropout(y, self.dropout, self.training)
 
@@ -338,15 +339,16 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit in a block of {self.config.block_size}")
         assert cache is None or start == 0 or T == 1, "behind a filled cache, one token at a time"
         positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
-        flat = keep is not None and cache is None                                # from here to the head: (N, C), not (B, T, C)
+        flat, kept = keep is not None and cache is None, None                    # flat: (N, C) instead of (B, T, C)
         if flat:
             at, row = distinct_prefixes(tokens, keep)                            # (N,), (B*T,)
+            kept, copies = row[keep.flatten()].unique(return_inverse=True)       # (M,) of the N are kept, for keep.sum() outputs
             tokens, positions = tokens.flatten()[at], positions.flatten()[at]
             embeddings = None if embeddings is None else embeddings.flatten(0, 1)[at]
         dropout = self.config.dropout if self.training else 0.0
         layers = iter(() if cache is None else cache)
 
-        def attend(qkv):                                                         # (B, T, 3C) or (N, 3C) -> (B, T, C) or (N, C)
+        def attend(qkv, rows=None):                                              # (B, T, 3C) or (N, 3C) -> (B, T, C) or (N, C)
             if flat:                                                             # attention alone needs the rectangle back
                 qkv = F.embedding(row, qkv)
             q, k, v = qkv.view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)       # (B, nh, T, hs) each
@@ -356,15 +358,15 @@ class GPT(nn.Module):
                 k, v = layer[:, :, :, :start + T]
             # causal among T new tokens; a single new token sees everything before it
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout).transpose(1, 2)
-            return y.reshape(B * T, -1)[at] if flat else y.reshape(B, T, -1)
+            return y.reshape(B * T, -1)[at if rows is None else at[rows]] if flat else y.reshape(B, T, -1)
 
         embeddings = self.wte(tokens) if embeddings is None else embeddings
         x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
-        for block in self.h:
+        for block in self.h[:-1]:
             x = block(x, attend)
+        x = self.ln_f(self.h[-1](x, attend, kept))                               # (M, C) if flat
         if keep is not None:
-            x = F.embedding(row[keep.flatten()], x) if flat else x[keep]         # F.embedding: rows by number, and a fast gradient
-        x = self.ln_f(x)
+            x = F.embedding(copies, x) if flat else x[keep]                      # F.embedding: rows by number, with a fast gradient
         return F.linear(x, self.wte.weight) if self.score is None else self.score(x)
 
     def save_pretrained(self, directory, tensors=None):
