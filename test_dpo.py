@@ -796,6 +796,28 @@ def test_keep_equals_full_forward():
     rejects(lambda keep: close(model(tokens, keep), outputs[1], tolerance=1e-5), keep.roll(1, 0), keep.roll(1, 1))
 
 
+def test_common_beginnings_are_computed_once(monkeypatch):
+    """Rows 1 2 3 4 5, 1 2 3 9 9 and 1 2 7 4 5 have 10 distinct beginnings (1, 12, 123, 1234, 12345, 1239, 12399, 127, 1274, 12745): so
+    many positions pass the model, of 15, and outputs and gradients are those of the rows alone. The 4 and 5 of the last row are
+    not those of the first. Rejected: tokens and positions alone deciding what is the same."""
+    model, tokens, keep = tiny_gpt(), torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 9, 9], [1, 2, 7, 4, 5]]), torch.tensor([[0, 0, 1, 1, 1]] * 3).bool()
+    at, row = dpo.distinct_prefixes(tokens, keep)
+    assert len(at) == 10 and len(set(row.tolist())) == 10
+
+    def check():
+        outputs = model(tokens, keep), torch.cat([model(tokens[i:i + 1])[0, 2:] for i in range(3)])
+        gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(o.square().sum(), model.parameters())]) for o in outputs]
+        close(outputs[0], outputs[1], tolerance=1e-5)
+        assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+    check()
+
+    def by_token_and_position(tokens, keep):
+        ids, row = (tokens + 100 * torch.arange(tokens.shape[1])).flatten().unique(return_inverse=True)
+        return torch.empty_like(ids).scatter_(0, row, torch.arange(tokens.numel())), row
+    monkeypatch.setattr(dpo, "distinct_prefixes", by_token_and_position)
+    rejects(lambda _: check(), None)
+
+
 @torch.no_grad()
 def test_kv_cache_equals_full_forward():
     """Feeding 4 tokens, then one at a time, through the cache gives the logits of one full pass. Rejected: positions one behind."""
