@@ -28,7 +28,7 @@ Read from top to bottom; each section uses only what stands above it.
     r^ = beta log(pi/pi_ref)          chosen_rewards, rejected_rewards of dpo_loss
     KL(pi || pi_ref)                  kl: how far pi departs from pi_ref, E_pi[log(pi/pi_ref)], in nats (natural logarithms)
     beta                              beta: the price of a nat of KL, in units of reward
-    sigma                             F.logsigmoid is its log
+    sigma, s(z)                       F.logsigmoid is its log
     pi* = pi_ref e^{r/beta} / Z       analytic_limit
 """
 from __future__ import annotations
@@ -213,9 +213,8 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
     again and again, until vocab_size - 1 tokens stand. Words are cut first (merges never cross a word), and each distinct
     word is merged once, however often it occurs. The id of a token is its rank: lower ranks merge first.
     """
-    counts = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text))
-    if len(counts) > 8192:
-        counts = dict(counts.most_common(8192))                                  # rarer words hardly sway the merges
+    counts = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text) if len(word) <= 64)
+    counts = dict(counts.most_common(8192))                                      # rarer words hardly sway the merges
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < vocab_size - 1:
@@ -280,8 +279,10 @@ class GPTConfig:
 
     def __post_init__(self):
         self.eos_token_id = self.vocab_size - 1 if self.eos_token_id is None else self.eos_token_id
-        if self.n_embd % self.n_head:
+        if self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.block_size < 2 or not 0 <= self.dropout < 1:
+            raise ValueError(f"block_size {self.block_size} or dropout {self.dropout} is out of range")
 
 
 class Block(nn.Module):
@@ -332,7 +333,7 @@ class GPT(nn.Module):
         stands behind a row's last kept position matters to none of them and is left out, pads first of all; and where rows begin
         alike, as the completions of one prompt do, the common beginning is computed once. See `distinct_prefixes`.
         cache (n_layer, 2, B, n_head, T_max, head_size): keys and values so far, extended in place. See `generate`.
-        embeddings (B,T,C): what the model reads instead of the tokens' own embeddings. See `ift_loss`.
+        embeddings (B,T,C), without keep: what the model reads instead of the tokens' own embeddings. See `ift_loss`.
         """
         B, T = tokens.shape
         if start + T > self.config.block_size:
@@ -344,7 +345,6 @@ class GPT(nn.Module):
             at, row = distinct_prefixes(tokens, keep)                            # (N,), (B*T,)
             kept, copies = row[keep.flatten()].unique(return_inverse=True)       # (M,) of the N are kept, for keep.sum() outputs
             tokens, positions = tokens.flatten()[at], positions.flatten()[at]
-            embeddings = None if embeddings is None else embeddings.flatten(0, 1)[at]
         dropout = self.config.dropout if self.training else 0.0
         layers = iter(() if cache is None else cache)
 
@@ -396,6 +396,9 @@ class GPT(nn.Module):
             raise ValueError(f"{directory}: not a GPT-2 with the tanh form of GELU")
         tensors = {name.removeprefix("transformer."): value for shard in sorted(directory.glob("model*.safetensors"))
                    for name, value in load_file(shard).items()}
+        head, epsilon = tensors.get("lm_head.weight"), config.get("layer_norm_epsilon", 1e-5)
+        if head is not None and not torch.equal(head, tensors["wte.weight"]) or epsilon != 1e-5:
+            raise ValueError(f"{directory}: an untied head or another layer norm, which this GPT-2 does not have")
         # the causal masks of old checkpoints (".attn.bias") and the tied head are not parameters; "c_attn.bias" is one
         tensors = {name: value.t().contiguous() if is_conv1d(name) else value for name, value in tensors.items()
                    if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
@@ -488,12 +491,15 @@ def read_tokenizer(directory) -> tiktoken.Encoding:
         vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
     else:
         vocabulary, special = json.loads((directory / "vocab.json").read_text("utf-8")), {}
-    special = {**special, **{EOS_TEXT: vocabulary[EOS_TEXT] for _ in [0] if EOS_TEXT in vocabulary}}
+    if EOS_TEXT in vocabulary:
+        special[EOS_TEXT] = vocabulary[EOS_TEXT]
     if EOS_TEXT not in special:
         raise ValueError(f"{directory}: its tokenizer has no {EOS_TEXT}")
     byte_of = {letter: byte for byte, letter in byte_letters().items()}
-    return byte_pair_encoding({bytes(byte_of[letter] for letter in token): i for token, i in vocabulary.items()
-                               if token not in special}, special)
+    ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocabulary.items() if token not in special}
+    if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError(f"{directory}: its tokenizer's ids are not 0, 1, 2, ..., or a byte has none")
+    return byte_pair_encoding(ranks, special)
 
 
 # ======================================================================================================================
@@ -567,6 +573,8 @@ def in_batches(function, model, prompts: list, completions: list, batch_size: in
     model.eval()
     device, values = next(model.parameters()).device, torch.zeros(len(prompts))
     order = sorted(range(len(prompts)) if rows is None else rows, key=lambda i: len(prompts[i]) + len(completions[i]))
+    longest = max((len(completions[i]) for i in order), default=1)
+    batch_size = max(1, min(batch_size, 2 ** 28 // (longest * model.config.vocab_size)))        # logits of 1 GB at most
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         with mixed_precision(device):
@@ -742,7 +750,8 @@ class Run:
             if saved:
                 self.export(saved["model"])                                      # the kill may have come between the two files
             else:
-                (self.out / "checkpoint.pt").unlink(missing_ok=True)
+                for name in ("checkpoint.pt", "model.safetensors"):              # of a run that is being overwritten
+                    (self.out / name).unlink(missing_ok=True)
         return self.last_good
 
     def save(self, model, optimizer, schedule, step: int, memory: dict):
@@ -1111,7 +1120,7 @@ class Pairs:
     def subset(self, which):
         """The pairs `which`: a mask (N,) or a slice."""
         of = lambda values: None if values is None else values[which]
-        return replace(self, chosen=of(self.chosen), rejected=of(self.rejected), prompt_index=of(self.prompt_index), lines=of(self.lines))
+        return replace(self, **{name: of(getattr(self, name)) for name in ("chosen", "rejected", "prompt_index", "lines", "held_out")})
 
     def rows(self):
         """The rows that stand in a pair."""
@@ -1123,39 +1132,36 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
     whole. A prompt too long for the block is cut on the left. A completion that does not fit is a ValueError, "path:line: ...",
     or its pair is left out. Texts are forgotten as soon as their ids are known: eight bytes of hash tell known ones."""
     prompts, completions, row_of = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), {}
-    columns, cut, left_out = [array("q") for _ in range(5)], set(), 0
-    digest = lambda *texts: int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "big", signed=True)
-
-    def row(prompt: str, completion: str, where: str, side: str):
-        key = digest(str(len(prompt)), prompt, completion)
-        if key not in row_of:
-            ids, end = encode(tokenizer, prompt), [*encode(tokenizer, completion), tokenizer.eot_token]
-            room = block_size - len(end)
-            if not ids:
-                raise ValueError(f"{where}: the prompt is empty, and the first token needs something to follow")
-            if room < 1 and skip_long:
-                return None
-            if room < 1:
-                raise ValueError(f"{where}: the {side} completion has {len(end)} tokens; with a prompt it must fit in {block_size} "
-                                 "(--skip-long leaves such pairs out)")
-            if len(ids) > room:
-                cut.add(len(prompts))
-            row_of[key] = len(prompts)
-            prompts.append(ids[-room:])
-            completions.append(end)
-        return row_of[key]
-
+    columns, cut, left_out = [array("q") for _ in range(5)], 0, 0
+    digest = lambda *parts: int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big", signed=True)
     for number, pair in enumerate(preferences, 1):
-        rows = [row(pair.prompt, getattr(pair, side), f"{path}:{pair.line or number}", side) for side in ("chosen", "rejected")]
-        if None in rows:
+        where = f"{path}:{pair.line or number}"
+        prompt = encode(tokenizer, pair.prompt)
+        if not prompt:
+            raise ValueError(f"{where}: the prompt is empty, and the first token needs something to follow")
+        sides = {side: [*encode(tokenizer, getattr(pair, side)), tokenizer.eot_token] for side in ("chosen", "rejected")}
+        longest = max(sides, key=lambda side: len(sides[side]))
+        room = block_size - len(sides[longest])                                  # one for both: they must follow the same prompt
+        if room < 1 and skip_long:
             left_out += 1
-        else:
-            for column, value in zip(columns, (*rows, digest(pair.prompt), pair.line or number, is_held_out(pair.prompt))):
-                column.append(value)
+            continue
+        if room < 1:
+            raise ValueError(f"{where}: the {longest} completion has {len(sides[longest])} tokens; with a prompt it must fit in "
+                             f"{block_size} (--skip-long leaves such pairs out)")
+        cut += len(prompt) > room
+        for column, completion in zip(columns, sides.values()):
+            key = digest(prompt[-room:], completion)
+            if key not in row_of:
+                row_of[key] = len(prompts)
+                prompts.append(prompt[-room:])
+                completions.append(completion)
+            column.append(row_of[key])
+        for column, value in zip(columns[2:], (digest(pair.prompt), pair.line or number, is_held_out(pair.prompt))):
+            column.append(value)
     chosen, rejected, prompt_hash, lines, held_out = map(np.array, columns)
     counts = {"duplicates": len(chosen) - len(np.unique(np.stack([chosen, rejected]), axis=1).T),
               "pairs with chosen == rejected": int((chosen == rejected).sum()),
-              "pairs with a cut prompt": int(np.isin(np.stack([chosen, rejected]), list(cut)).any(0).sum()),
+              "pairs with a cut prompt": cut,
               "pairs left out, too long": left_out}
     prompt_index = np.unique(prompt_hash, return_inverse=True)[1]
     return Pairs(prompts, completions, chosen, rejected, prompt_index, lines, held_out.astype(bool), counts)
@@ -1381,7 +1387,7 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
             guess = F.pad(model(tokens).argmax(-1)[:, :-1], (1, 0))                             # 1. the model's word for each position
             own, guessed = model.wte(tokens), model.wte(guess)
             embeddings = torch.where(response[..., None], (1 - lam) * own + lam * guessed, own)  # 2. is mixed into its input
-    logps = -F.cross_entropy(model(tokens, at, embeddings=embeddings).float(), tokens[predicted(mask)], reduction="none")
+    logps = -F.cross_entropy(model(tokens, embeddings=embeddings)[at].float(), tokens[predicted(mask)], reduction="none")
     losses = logps.new_zeros(tokens.shape).masked_scatter(predicted(mask), -logps)              # 3. l_t
     if gamma == 0:
         return (losses.sum(1) / predicted(mask).sum(1)).mean()
@@ -1483,8 +1489,8 @@ class PPO:
     group: int = 0                      # GRPO: completions per prompt of a rollout, judged against one another; no critic
 
     def __post_init__(self):
-        if self.rollout % self.minibatch or self.group and self.rollout % self.group:
-            raise ValueError(f"rollout {self.rollout} is not a multiple of minibatch {self.minibatch} and group {self.group}")
+        if self.rollout % self.minibatch or self.group == 1 or self.group and self.rollout % self.group:
+            raise ValueError(f"a rollout of {self.rollout} is not a multiple of the minibatch, {self.minibatch}, or of a group of two or more")
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -1586,6 +1592,8 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
     training.steps counts optimiser steps: each rollout serves epochs * rollout / minibatch of them.
     watch(prompts, completions) -> a dict of further numbers to log, once a rollout.
     """
+    for model in (policy, reference, critic or policy):
+        model.eval()                                                             # no dropout, in the first rollout neither
     rng, device = np.random.default_rng(training.seed), next(policy.parameters()).device
     state = {"beta": ppo.beta, "rng": rng.bit_generator.state}                   # all there is to remember: see `fit`
     per_rollout = ppo.epochs * (ppo.rollout // ppo.minibatch)
@@ -1944,7 +1952,7 @@ def start_worker(world: World, threads=None):
     work.world = world
     if threads:
         torch.set_num_threads(threads)
-        line = multiprocessing.current_process()._identity[0] - 1
+        line = multiprocessing.current_process()._identity[0] % 2
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=line)    # each process draws its bars on its own line
 
 
@@ -2159,8 +2167,8 @@ def find_model(name: str) -> Path:
                      f"openai-community/{name} config.json model.safetensors tokenizer.json --local-dir {name}`, and bring that directory")
 
 
-def open_model(name: str, device, n_outputs=None, like=None) -> tuple[GPT, tiktoken.Encoding]:
-    """A model and its tokenizer. like: the (model, tokenizer) whose ids it must understand."""
+def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tuple[GPT, tiktoken.Encoding]:
+    """A model and its tokenizer. like: the (model, tokenizer) whose ids it must understand. scores: it must be a reward model."""
     directory = find_model(name)
     try:
         model, tokenizer = GPT.from_pretrained(directory, n_outputs), read_tokenizer(directory)
@@ -2170,7 +2178,9 @@ def open_model(name: str, device, n_outputs=None, like=None) -> tuple[GPT, tikto
         raise ValueError(reason if known else f"{directory}: not a model that can be read: {reason}") from None
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
-    if n_outputs is None and model.score is not None:
+    if scores and (model.score is None or model.score.out_features != 1):
+        raise ValueError(f"{directory}: not a reward model, which has one trained output; a language model's rewards need --reference")
+    if not scores and n_outputs is None and model.score is not None:
         raise ValueError(f"{directory}: a reward model, where a language model is needed")
     if like and tokenizer._mergeable_ranks != like[1]._mergeable_ranks:
         raise ValueError(f"{directory}: its vocabulary of {tokenizer.n_vocab} tokens is not that of --init, of {like[1].n_vocab}")
@@ -2203,19 +2213,30 @@ def read_pairs(options, tokenizer, block_size: int) -> tuple[Pairs, Pairs | None
 
 def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Run]:
     """How a stage is to be trained, and where it writes. prefix: of the names of the weights that users load."""
+    if options.batch_size > 2 * len(lines) + 4096:
+        raise ValueError(f"--batch-size {options.batch_size} is far more than the {len(lines)} rows there are")
     steps = options.steps or math.ceil(options.epochs * len(lines) / options.batch_size)
     rate = options.learning_rate or LEARNING_RATES[options.stage] * min(1, (128 / model.config.n_embd) ** 2)
-    free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile")       # may differ when a run is resumed
-    settings = {name: str(value) for name, value in vars(options).items() if name not in free}
-    with open(options.data, "rb") as file:
-        parts = iter(lambda: file.read(1 << 20), b"")
-        settings["checksum of the data"] = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+    free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile", "data", "init", "reference", "reward")   # may differ, but
+    settings = {name: str(value) for name, value in vars(options).items() if name not in free}                    # not what they hold
+    settings["checksum of the data"] = checksum(options.data)
+    for name in ("init", "reference", "reward"):
+        if getattr(options, name, None):
+            settings[f"checksum of --{name}"] = [checksum(path) for path in sorted(find_model(getattr(options, name)).glob("model*.safetensors"))]
 
     def export(tensors):
         own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         model.save_pretrained(options.out, own)
     return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
         options.out, settings, export, tokenizer, lines, options.save_every, options.resume, options.fsdp, options.compile)
+
+
+def checksum(path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def stage_sft(options, device) -> dict:
@@ -2249,16 +2270,29 @@ def stage_sft(options, device) -> dict:
 def stage_dpo(options, device) -> dict:
     opened = model, tokenizer = open_model(options.init, device)
     reference = open_model(options.reference, device, like=opened)[0] if options.reference else copy.deepcopy(model)
+    hyper = loss_settings(options)
+    pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
+    training, run = plan(options, model, tokenizer, pairs.lines)
+    train_preferences(model, reference, pairs, training, options.beta, LOSSES[options.loss], hyper, run=run)
+    return compare(model, reference, held_out, options.beta) if held_out else {}
+
+
+def loss_settings(options) -> dict:
+    """--hyper NAME=VALUE ... as a dict, tried on a pair so that a bad value is found before anything is written."""
     hyper = {}
     for setting in options.hyper:
         name, _, value = setting.partition("=")
         if name not in LOSSES[options.loss].settings:
             raise ValueError(f"--hyper {setting}: the loss {options.loss} has no setting {name!r}")
-        hyper[name] = float(value)
-    pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
-    training, run = plan(options, model, tokenizer, pairs.lines)
-    train_preferences(model, reference, pairs, training, options.beta, LOSSES[options.loss], hyper, run=run)
-    return compare(model, reference, held_out, options.beta) if held_out else {}
+        try:
+            hyper[name], one = float(value), torch.ones(1)
+            found = LOSSES[options.loss](-one, -2 * one, -one, -one, beta=options.beta, chosen_lengths=one, rejected_lengths=one, **hyper)
+            good = found.isfinite().all() and 0 <= hyper.get("label_smoothing", 0) < 0.5 and hyper.get("r_max", 1) > 0
+        except (ValueError, ZeroDivisionError):
+            good = False
+        if not good:
+            raise ValueError(f"--hyper {setting}: not a number that the loss {options.loss} can use")
+    return hyper
 
 
 def stage_rm(options, device) -> dict:
@@ -2287,7 +2321,7 @@ def compare(model, reference, pairs: Pairs, beta: float) -> dict:
 
 def stage_ppo(options, device) -> dict:
     opened = policy, tokenizer = open_model(options.init, device)
-    reward_model = open_model(options.reward, device, n_outputs=1, like=opened)[0]
+    reward_model = open_model(options.reward, device, like=opened, scores=True)[0]
     reference, critic = copy.deepcopy(policy), copy.deepcopy(reward_model)
     room = policy.config.block_size - options.max_new_tokens
     if room < 1:
@@ -2297,27 +2331,29 @@ def stage_ppo(options, device) -> dict:
     report(options.data, len(prompts), {"prompts cut on the left": sum(len(prompt) > room for prompt in prompts),
                                         "prompts held out": int((~train).sum()), "duplicates": len(texts) - len(set(texts))})
     prompts = [np.array(prompt[-room:], np.int32) for prompt in prompts]
-    ppo = PPO(options.beta, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
+    sample = prompts[:512]                                                       # the reward's mean and spread before training
+    scores = score_completions(reward_model, sample, generate(policy, sample, options.max_new_tokens))
+    mean, std = scores.mean(), max(scores.std(correction=0).item(), 1e-6)
+    ppo = PPO(options.beta / std, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
     training, run = plan(options, policy, tokenizer, np.array(lines)[train], "policy.")
     training = replace(training, steps=options.steps or training.steps * ppo.epochs * (ppo.rollout // ppo.minibatch), eps=1e-5)
-    reward = lambda prompts, completions: score_completions(reward_model, prompts, completions)
+    reward = lambda prompts, completions: (score_completions(reward_model, prompts, completions) - mean) / std
     train_ppo(policy, critic, reference, [prompts[i] for i in np.flatnonzero(train)], reward, ppo, training, run=run)
     rest = [prompts[i] for i in np.flatnonzero(~train)[:256]]
     if not rest:
         return {}
     completions = generate(policy, rest, options.max_new_tokens)
     kl = completion_logps(policy, rest, completions) - completion_logps(reference, rest, completions)
-    return {"held_out_reward": reward(rest, completions).mean().item(), "held_out_kl": kl.mean().item()}
+    scores = score_completions(reward_model, rest, completions)
+    return {"held_out_reward": scores.mean().item(), "reward_before": mean.item(), "held_out_kl": kl.mean().item()}
 
 
 def stage_eval(options, device) -> dict:
-    opened = model, tokenizer = open_model(options.init, device, n_outputs=None if options.reference else 1)
-    if not options.reference and not model.score.weight.any():
-        raise ValueError(f"{options.init}: a language model's rewards need --reference; without one, --init is a reward model")
+    opened = model, tokenizer = open_model(options.init, device, scores=not options.reference)
     reference = open_model(options.reference, device, like=opened)[0] if options.reference else None
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
     if not options.all and held_out is None:
-        print("no prompt falls in the held-out tenth: every pair is evaluated")
+        print("the split would leave one side empty: every pair is evaluated")
     return compare(model, reference, held_out or pairs, options.beta)
 
 
@@ -2346,7 +2382,8 @@ STAGES = {                              # name: (function, one line, its options
     "sft": (stage_sft, "imitate texts", "data init? all vocab-size block-size n-layer n-head n-embd dropout" + TRAIN),
     "dpo": (stage_dpo, "learn from preferences", "data init reference all skip-long loss hyper" + TRAIN),
     "rm": (stage_rm, "fit a reward model", "data init all skip-long" + TRAIN),
-    "ppo": (stage_ppo, "maximise a reward model", "data init all reward ppo-epochs minibatch max-new-tokens" + TRAIN),
+    "ppo": (stage_ppo, "maximise a reward model", "data init all reward ppo-epochs minibatch max-new-tokens"
+            + TRAIN.replace("batch-size", "batch-size?")),
     "eval": (stage_eval, "held-out preference accuracy and margins", "data init reference all skip-long"),
     "sample": (stage_sample, "completions, side by side", "init+ reference prompt n max-new-tokens temperature top-k top-p")}
 OPTIONS = {                             # name: (default, help). A type: no default. False: a switch. Some must be given, see MUST
@@ -2372,6 +2409,7 @@ OPTIONS = {                             # name: (default, help). A type: no defa
     "epochs": (1.0, "passes over the data"),
     "steps": (int, "optimiser steps, instead of --epochs"),
     "batch-size": (64, "rows of one step, of all processes together"),
+    "batch-size?": (256, "completions of a rollout; small ones hurt"),
     "micro-batch": (int, "rows of one forward pass; less memory, same gradient"),
     "learning-rate": (float, "its peak; by default after the stage and the model's width"),
     "fsdp": (False, "under torchrun: shard the model (FSDP2) instead of copying it (DDP)"),
@@ -2387,12 +2425,17 @@ MUST = "data", "out", "init", "init+", "reward", "prompt"                       
 ZERO = "seed", "top-k", "temperature", "dropout"                                 # may be 0
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"dpo.py: {message}\n")
+
+
 def add_option(parser, name: str):
     default, text = OPTIONS[name]
     kind = default if isinstance(default, type) else type(default)
 
     def number(value):
-        if not 0 <= kind(value) < math.inf or kind(value) == 0 and name not in ZERO:
+        if not 0 <= kind(value) < 1e9 or kind(value) == 0 and name not in ZERO:
             raise argparse.ArgumentTypeError(f"{value} is out of range")
         return kind(value)
     how = ({"action": "store_true"} if default is False else {"action": "append", "default": []} if default == [] else
@@ -2425,17 +2468,15 @@ def run_stage(options):
     summary = STAGES[options.stage][0](options, device)
     summary = {"stage": options.stage, **summary, "seconds": round(time.time() - started, 1)}
     if options.stage != "sample" and process()[0] == 0:
-        if out:
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"summary": True, **summary}) + "\n")
+        Run(out).log({"summary": True, **summary})
         print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items()))
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description="Direct Preference Optimization. Without arguments: the whole comparison.")
+    parser = Parser(description="Direct Preference Optimization. Without arguments: the whole comparison.")
     parser.add_argument("--fast", action="store_true", help="the same story in a quarter of the time, less precise")
     parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures")
-    parser.add_argument("--seed", type=int, default=0, help="one seed gives the same numbers again on the same machine")
+    add_option(parser, "seed")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the results")
     stages = parser.add_subparsers(dest="stage", title="on your own data")
     for name, (_, line, names) in STAGES.items():
@@ -2444,6 +2485,8 @@ def main(arguments=None) -> int:
         for option in (names + " seed beta").split():
             add_option(stage, option)
     options = parser.parse_args(arguments)
+    if options.stage and (options.fast or options.sweep):
+        parser.error(f"--fast and --sweep belong to the demonstration, not to {options.stage}")
     code, scale, note = 0, *((FAST, "fast run, less precise") if options.fast else (Scale(), ""))
     try:
         if not options.stage:
@@ -2463,6 +2506,7 @@ def main(arguments=None) -> int:
             print(f"dpo.py: {str(error).strip()}".splitlines()[0], file=sys.stderr)
     except KeyboardInterrupt:
         code = 1
+        print("dpo.py: stopped", file=sys.stderr)
     if dist.is_initialized():                                                    # leave together, and without taking gloo's threads
         if not code:                                                             # apart: on a busy machine that aborts now and then
             dist.barrier()

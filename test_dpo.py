@@ -1126,7 +1126,7 @@ def test_ift_loss():
     sft = -sequence_logps(model, tokens, mask)[0] / 3
     close(dpo.ift_loss(model, tokens, mask, 0, 0), sft, tolerance=1e-6)
     close(gradient(dpo.ift_loss(model, tokens, mask, 0, 0)), gradient(sft), tolerance=1e-6)
-    two, both = tokens.repeat(2, 1), torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]])                         # each sequence counts once
+    two, both = tokens.repeat(2, 1), torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]])      # each counts once; another border of the prompt
     close(dpo.ift_loss(model, two, both), (dpo.ift_loss(model, tokens, mask) + dpo.ift_loss(model, two[1:], both[1:])) / 2, tolerance=1e-6)
 
 
@@ -2572,6 +2572,41 @@ def test_data_is_counted(world, tmp_path, capsys):
     said = capsys.readouterr().out
     for words in ("24 rows", "2 duplicates", "1 pairs with chosen == rejected", "1 pairs with a cut prompt", "1 pairs left out, too long"):
         assert words in said
+
+
+def test_both_sides_follow_the_same_prompt(tokenizer):
+    """A prompt cut to the room that the *longer* completion leaves, for both: else Z(x) would not cancel. Rejected: each its own room."""
+    prompt, short, long = "the plot was good. " * 9, " a.", " the cast was bad. the music was dull."
+    pairs = dpo.encode_pairs(tokenizer, [dpo.Preference(prompt, short, long)], 48)
+
+    def check(rooms):
+        cut = [dpo.encode(tokenizer, prompt)[-room:] for room in rooms]
+        assert [pairs.prompts[row].tolist() for row in (pairs.chosen[0], pairs.rejected[0])] == cut
+    room, wide = (48 - 1 - len(dpo.encode(tokenizer, text)) for text in (long, short))
+    check((room, room))
+    rejects(check, (wide, room))
+
+
+def test_a_run_starts_from_what_it_says(world, tmp_path, capfd):
+    """A language model is no reward model; --resume notices changed starting weights; --overwrite leaves no old model beside a new
+    tokenizer; --fast is not a stage's; a bad value is one line and code 2, with nothing written."""
+    init, out = tmp_path / "init", tmp_path / "out"
+    shutil.copytree(world / "sft", init)
+    ppo = "ppo", "--data", world / "prompts.jsonl", "--init", init, "--out", out
+    dpo_run = "dpo", "--data", world / "pairs.jsonl", "--init", init, "--out", out
+    faults = [(*ppo, "--reward", init), (*dpo_run, "--hyper", "eta=nan", "--loss", "rpo"), (*dpo_run, "--hyper", "label_smoothing=0", "--loss", "exo"),
+              (*dpo_run, "--hyper", "alpha", "--loss", "unlikelihood"), (*dpo_run, "--batch-size", 10 ** 8), (*dpo_run, "--epochs", "1e308"),
+              ("sft", "--data", world / "texts.jsonl", "--out", out, "--block-size", 1), ("sft", "--data", world / "texts.jsonl", "--out", out, "--dropout", 1.5)]
+    for arguments in faults:
+        try:
+            code = run(*arguments)
+        except SystemExit as exit:
+            code = exit.code
+        said = capfd.readouterr().err
+        assert code == 2 and len(said.strip().splitlines()) == 1 and not out.exists(), (arguments, code, said)
+    assert run(*dpo_run, "--steps", 2) == 0
+    shutil.copyfile(out / "model.safetensors", init / "model.safetensors")
+    assert run(*dpo_run, "--steps", 2, "--resume") == 2 and "checksum of --init" in capfd.readouterr().err
 
 
 def test_split_is_by_prompt():
