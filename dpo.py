@@ -1769,9 +1769,10 @@ class Scale:
     sft_steps: int = 2400               # of 32 reviews
     prompts: int = 8192
     per_prompt: int = 8                 # completions of each, so 28 pairs: 229,376 pairs
-    dpo_steps: int = 768                # of 16 prompts with all their pairs: one and a half passes
-    reward_model_steps: int = 1536      # of 8 prompts
-    baseline_steps: int = 128           # of 16 prompts: Preferred-FT, Unlikelihood
+    prompts_a_step: int = 16            # with all their pairs, of DPO and the baselines; the reward model takes 8
+    dpo_steps: int = 768                # one and a half passes
+    reward_model_steps: int = 1536
+    baseline_steps: int = 128           # Preferred-FT, Unlikelihood
     ppo_rollouts: int = 80              # of 256 completions
     held_out: int = 96                  # prompts of the evaluation
     samples: int = 32                   # completions of each, per method
@@ -1833,15 +1834,16 @@ def with_scalar_head(model: GPT) -> GPT:
     return copied
 
 
-def preference_training(world: World, steps: int, learning_rate: float, prompts: int) -> Training:
-    """`prompts` prompts a step with all their pairs, so that each completion passes the model once."""
-    return Training(steps, learning_rate, batch_size=prompts * math.comb(world.scale.per_prompt, 2), seed=world.seed)
+def preference_training(world: World, steps: int, learning_rate=1.4e-3, prompts=None) -> Training:
+    """Whole prompts a step, with all their pairs, so that each completion passes the model once."""
+    pairs = (prompts or world.scale.prompts_a_step) * math.comb(world.scale.per_prompt, 2)
+    return Training(steps, learning_rate, batch_size=pairs, seed=world.seed)
 
 
 def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None, n_pairs=None, **hyper) -> GPT:
     """A copy of the SFT policy trained on the world's preferences, or on the first n_pairs of them."""
     policy, pairs = copy.deepcopy(world.reference), world.pairs.subset(slice(n_pairs))
-    training = preference_training(world, steps or world.scale.dpo_steps, 1.4e-3, prompts=16)
+    training = preference_training(world, steps or world.scale.dpo_steps)
 
     def look(logs):                                                              # eight times: KL and length of 256 samples
         if logs["step"] % max(1, training.steps // 8) == 0:
