@@ -18,7 +18,7 @@ Read from top to bottom; each section uses only what stands above it.
      4  the model: GPT-2                                  9  the family of losses
      5  log-probabilities and sampling                   10  the baseline: reward model and PPO
      6  training: one loop; SFT                          11  evaluation: the analytic limit
-                                                         12  the command line
+                                                         12  the demonstration, and the command line
 
     paper                             here
     x, y, y_w, y_l                    prompt, completion, chosen, rejected
@@ -52,6 +52,7 @@ import time
 import zlib
 from array import array
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -413,7 +414,8 @@ class GPT(nn.Module):
 
 
 def distinct_prefixes(tokens, keep):
-    """The state at position t depends on tokens[:, :t+1] alone: rows that begin alike share it. tokens, keep (B,T) ->
+    """The state at position t depends on tokens[:, :t+1] alone: rows that begin alike share it. Of the rows  P Q a,  P Q b
+    only P, PQ, PQa and PQb need computing: at = 0 1 2 5 (or 3 4 2 5), row = 0 1 2 0 1 3.   tokens, keep (B,T) ->
     at (N,): for each distinct beginning that is needed, a place in B*T where it ends; row (B*T,): which of the N serves each
     place (any of them where none is needed). Eight completions a prompt: 39% fewer positions; DPO steps are 1.3 times as fast."""
     needed = keep.flip(1).cumsum(1).flip(1) > 0                                  # (B, T): kept, or left of a kept one
@@ -907,8 +909,6 @@ def whole(value):
     """A state dict on the CPU, with every tensor that FSDP2 has sharded put together again."""
     if isinstance(value, dict):
         return {name: whole(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [whole(part) for part in value]
     value = value.full_tensor() if hasattr(value, "full_tensor") else value
     return value.detach().cpu() if torch.is_tensor(value) else value
 
@@ -1024,7 +1024,6 @@ def load_preferences(path) -> list[Preference]:
 
 def read_preferences(path):
     """Yield what `load_preferences` returns, line by line: for files larger than memory."""
-    number = 0
     for number, record in read_jsonl(path):
         fields = {}
         for name in ("prompt", "chosen", "rejected"):
@@ -1032,24 +1031,20 @@ def read_preferences(path):
         if isinstance(record["prompt"], list):                                   # the answer follows the prompt's turns
             fields["chosen"], fields["rejected"] = "\n\n" + fields["chosen"], "\n\n" + fields["rejected"]
         yield Preference(**fields, line=number)
-    if not number:
-        raise ValueError(f"{path}:1: the file holds no record")
 
 
 def read_texts(path, field: str):
     """Yield (line number, text) of JSONL with one {field: text} a line; "messages", a conversation, will do for "text"."""
-    number = 0
     for number, record in read_jsonl(path):
-        yield number, text_field(record, "messages" if field == "text" and "messages" in record and "text" not in record else field,
-                                 f"{path}:{number}")
-    if not number:
-        raise ValueError(f"{path}:1: the file holds no record")
+        name = "messages" if field == "text" and "messages" in record and "text" not in record else field
+        yield number, text_field(record, name, f"{path}:{number}")
 
 
 def read_jsonl(path):
     """Yield (line number, object) for each line that is not blank; ValueError "path:line: ..." for what is not an object."""
     if not Path(path).is_file():
         raise ValueError(f"{path}:0: no such file" if not Path(path).exists() else f"{path}:0: not a file")
+    record = None
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -1063,6 +1058,8 @@ def read_jsonl(path):
             if not isinstance(record, dict):
                 raise ValueError(f"{path}:{number}: expected an object with named fields, found {type(record).__name__}")
             yield number, record
+    if record is None:
+        raise ValueError(f"{path}:1: the file holds no record")
 
 
 def text_field(record: dict, name: str, where: str) -> str:
@@ -1757,7 +1754,7 @@ def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, sa
 
 
 # ======================================================================================================================
-# 12. The command line
+# 12. The demonstration, and the command line
 # ======================================================================================================================
 
 VOCAB_SIZE, BLOCK_SIZE, MAX_NEW_TOKENS, BETA = 576, 96, 56, 2.0
@@ -1940,8 +1937,9 @@ def measure_all(world: World, jobs: list) -> tuple[dict, dict]:
     do 1.4 times the work of one process of two.
     """
     if next(world.reference.parameters()).device.type == "cpu":
-        with multiprocessing.get_context("spawn").Pool(2, start_worker, (world, max(1, torch.get_num_threads() // 2))) as pool:
-            results = pool.map(work, jobs, chunksize=1)
+        threads = max(1, torch.get_num_threads() // 2)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_worker, (world, threads)) as pool:
+            results = list(pool.map(work, jobs))
     else:
         start_worker(world)
         results = list(map(work, jobs))
@@ -2249,21 +2247,24 @@ def stage_sft(options, device) -> dict:
         tokenizer = train_tokenizer(sample, options.vocab_size)
         model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd,
                               options.dropout)).to(device)
-    texts, lines, held_out, seen, cut, size = Rows(tokenizer.n_vocab), [], [], set(), 0, model.config.block_size
+    texts, rest, size, seen, n, cut = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), model.config.block_size, set(), 0, 0
+    lines, rest_lines = array("q"), array("q")
     for line, text in read_texts(options.data, "text"):
         ids = [*encode(tokenizer, text), tokenizer.eot_token]
         pieces = [ids[start:start + size] for start in range(0, len(ids), size)]
         pieces = [piece for piece in pieces if len(piece) > 1] or pieces         # a first token alone has nothing to predict it
-        cut += len(pieces) > 1
-        seen.add(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        n, cut = n + 1, cut + (len(pieces) > 1)
+        seen.add(hashlib.blake2b(text.encode(), digest_size=8).digest())
         for piece in pieces:
-            texts.append(piece), lines.append(line), held_out.append(is_held_out(text))
-    train = held_out_split(held_out, options)
-    report(options.data, len(texts), {"texts longer than the block, cut into pieces": cut, "rows held out": int((~train).sum()),
-                                      "duplicates": len(set(lines)) - len(seen)})
-    train_sft(model, [texts[i] for i in np.flatnonzero(train)], *plan(options, model, tokenizer, np.array(lines)[train]))
-    rest = [texts[i] for i in np.flatnonzero(~train)]
-    if not rest:
+            side, numbers = (rest, rest_lines) if is_held_out(text) and not options.all else (texts, lines)
+            side.append(piece)
+            numbers.append(line)
+    report(options.data, len(texts) + len(rest), {"texts longer than the block, cut into pieces": cut, "rows held out": len(rest),
+                                                  "duplicates": n - len(seen)})
+    if not len(texts):                                                           # a split would leave none to train on
+        texts, lines, rest = rest, rest_lines, []
+    train_sft(model, texts, *plan(options, model, tokenizer, lines))
+    if not len(rest):
         return {}
     loss = -float(completion_logps(model, [[]] * len(rest), rest).sum()) / sum(len(text) - 1 for text in rest)
     return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700))}
@@ -2462,6 +2463,9 @@ def run_stage(options):
         if names and not options.overwrite and not (options.resume and names <= OURS):
             raise ValueError(f"{out}: " + ("holds a run already: --resume goes on with it, --overwrite begins anew" if names <= OURS else
                                            "not empty, and not a run of this program: --overwrite writes into it all the same"))
+        above = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ValueError(f"{out}: --out cannot be written")
         starts = [getattr(options, name, None) for name in ("init", "reference", "reward")]
         if any(find_model(name).resolve() == out.resolve() for name in starts if name):
             raise ValueError(f"{out}: --out would overwrite a model that the run starts from")
