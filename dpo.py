@@ -664,7 +664,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
 
 def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
     """One token id for each row of logits (B,V) -> (B,)."""
-    if temperature == 0:
+    if temperature < 1e-4:                                      # greedy; dividing by less would overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -856,7 +856,7 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
 def backward(losses, micro_batches: list, told_to_stop: list) -> dict:
     """Gradients of a step's mean loss, and its numbers: sums over all micro-batches / their count, so accumulated gradients are
     those of one big batch. Of W processes each computes every W-th micro-batch; gradients and numbers are summed over all, and
-    so is the word to stop."""
+    so is the word to stop. (Reference log-probs and PPO's rollouts are computed by every process, alike.)"""
     (rank, world), sums = process(), {}
     count = sum(batch["count"] for batch in micro_batches)
     for start in range(0, len(micro_batches), world):
