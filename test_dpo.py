@@ -2799,6 +2799,20 @@ def test_readme_points_at_the_code():
     rejects(check, [(name, int(number) + 1) for name, number in links])
 
 
+def test_readme_holds_the_sweeps_numbers():
+    """The README's table is that of notebooks/figures/sweep.json, which `python dpo.py --sweep --out notebooks/figures` writes."""
+    here = Path(dpo.__file__).resolve().parent
+    means, readme = json.loads((here / "notebooks/figures/sweep.json").read_text())["means"], (here / "README.md").read_text()
+
+    def check(means):
+        for name, row in means.items():
+            kl, reward, efficiency = (f"{row[key]:.{digits}f} ± {row[key + '_se']:.{digits}f}" for key, digits in
+                                      (("kl", 2), ("reward", 2), ("efficiency", 3)))
+            assert re.search(rf"\| {re.escape(name)} \| {kl} \|.*\| {reward} \| {efficiency} \|", readme), name
+    check(means)
+    rejects(check, {name: {**row, "efficiency": row["efficiency"] + 0.002} for name, row in means.items()})
+
+
 def test_family_by_keyword_and_without_typos():
     """LOSSES take the contract's argument names; a misspelt hyper-parameter and missing lengths are errors, not ignored."""
     logps = dict(policy_chosen_logps=torch.tensor([-3.0]), policy_rejected_logps=torch.tensor([-4.0]),
