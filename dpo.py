@@ -132,6 +132,7 @@ def sample_review(rng: random.Random, domain: str = "film") -> str:
 
 
 def any_of(words) -> str:
+    """A pattern for one of the words, the longest first, so that none hides a longer one."""
     return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
@@ -139,6 +140,7 @@ VERB_PHRASE = rf"{any_of(VERBS)}(?: (?P<negation>{any_of(NEGATIONS)}))?(?: (?P<i
 
 
 def review_pattern(domain: str) -> str:
+    """The grammar of a review of this domain, as a regular expression."""
     clause = rf"the {any_of(ASPECTS[domain])} {VERB_PHRASE} {any_of(OPINIONS[domain])}"
     clause = re.sub(r"\?P<\w+>", "?:", clause)                                   # a name may stand in a pattern only once
     return rf"{clause}(?:(?:, and |, but |\. ){clause}){{0,3}}(?:\. {any_of(CLOSINGS[domain])})?\."
@@ -240,6 +242,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
 
 
 def byte_pair_encoding(ranks: dict, special_tokens: dict) -> tiktoken.Encoding:
+    """ranks: bytes of a token -> its id, which is also its turn to be merged."""
     return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
@@ -271,6 +274,7 @@ def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
 
 @dataclass
 class GPTConfig:
+    """The sizes of a GPT-2; the smallest has 50257, 1024, 12, 12, 768."""
     vocab_size: int
     block_size: int                     # the longest sequence, in tokens
     n_layer: int
@@ -452,6 +456,7 @@ class RunFailed(Exception):
 
 
 def write_json(path: Path, value):
+    """Write JSON; a reader never finds half of it."""
     replace_file(path, lambda draft: draft.write_text(json.dumps(value, indent=1)))
 
 
@@ -500,7 +505,8 @@ def read_tokenizer(directory) -> tiktoken.Encoding:
         raise ValueError(f"{directory}: its tokenizer has no {EOS_TEXT}")
     byte_of = {letter: byte for byte, letter in byte_letters().items()}
     ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocabulary.items() if token not in special}
-    if sorted([*ranks.values(), *special.values()]) != list(range(len(ranks) + len(special))) or not all(bytes([b]) in ranks for b in range(256)):
+    ids = sorted([*ranks.values(), *special.values()])
+    if ids != list(range(len(ids))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ValueError(f"{directory}: its tokenizer's ids are not 0, 1, 2, ..., or a byte has none")
     return byte_pair_encoding(ranks, special)
 
@@ -593,6 +599,11 @@ def mixed_precision(device):
 def completion_logps(model, prompts: list, completions: list, **options) -> torch.Tensor:
     """log pi(completion | prompt) of lists of ids, without gradient -> (n,). options: of `in_batches`."""
     return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions, **options)
+
+
+def completion_logratios(policy, reference, prompts: list, completions: list) -> torch.Tensor:
+    """log pi(completion | prompt) - log pi_ref(completion | prompt), in nats -> (n,). Its mean over pi's own samples is the KL."""
+    return completion_logps(policy, prompts, completions) - completion_logps(reference, prompts, completions)
 
 
 @torch.no_grad()
@@ -983,7 +994,8 @@ class Preference:
 
 
 def logistic(x):
-    return 0.5 * (1 + np.tanh(x / 2))                                            # 1 / (1 + e^-x) that never overflows
+    """s(x) = 1 / (1 + e^-x) of numpy arrays, in a form that never overflows."""
+    return 0.5 * (1 + np.tanh(x / 2))
 
 
 def bradley_terry_label(rewards_a, rewards_b, rng: np.random.Generator) -> np.ndarray:
@@ -1488,7 +1500,8 @@ class PPO:
 
     def __post_init__(self):
         if self.rollout % self.minibatch or self.group == 1 or self.group and self.rollout % self.group:
-            raise ValueError(f"a rollout of {self.rollout} is not a multiple of the minibatch, {self.minibatch}, or of a group of two or more")
+            raise ValueError(f"a rollout of {self.rollout} is not a multiple of the minibatch, {self.minibatch}, "
+                             f"or of a group of two or more, {self.group}")
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -1847,7 +1860,7 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
         if logs["step"] % max(1, training.steps // 8) == 0:
             prompts = world.prompts[:256]
             completions = generate(policy, prompts, MAX_NEW_TOKENS)
-            kl = completion_logps(policy, prompts, completions) - completion_logps(world.reference, prompts, completions)
+            kl = completion_logratios(policy, world.reference, prompts, completions)
             logs.update(kl=kl.mean().item(), length=float(np.mean([len(completion) for completion in completions])))
     world.histories[stage] = train_preferences(policy, world.reference, pairs, training, beta, LOSSES[loss], hyper, stage,
                                                on_step=look)
@@ -2223,7 +2236,8 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
     settings["checksum of the data"] = checksum(options.data)
     for name in ("init", "reference", "reward"):
         if getattr(options, name, None):
-            settings[f"checksum of --{name}"] = [checksum(path) for path in sorted(find_model(getattr(options, name)).glob("model*.safetensors"))]
+            weights = find_model(getattr(options, name)).glob("model*.safetensors")
+            settings[f"checksum of --{name}"] = [checksum(path) for path in sorted(weights)]
 
     def export(tensors):
         own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -2347,7 +2361,7 @@ def stage_ppo(options, device) -> dict:
     if not rest:
         return {}
     completions = generate(policy, rest, options.max_new_tokens)
-    kl = completion_logps(policy, rest, completions) - completion_logps(reference, rest, completions)
+    kl = completion_logratios(policy, reference, rest, completions)
     scores = score_completions(reward_model, rest, completions)
     return {"held_out_reward": scores.mean().item(), "reward_before": mean.item(), "held_out_kl": kl.mean().item()}
 
@@ -2372,7 +2386,7 @@ def stage_sample(options, device) -> dict:
         completions = generate(model, ids, new, options.temperature, top_k=options.top_k, top_p=options.top_p)
         ids, rewards = [prompt[new - model.config.block_size:] for prompt in ids], [None] * len(ids)
         if own._mergeable_ranks == tokenizer._mergeable_ranks and reference.config.block_size >= model.config.block_size:
-            rewards = (options.beta * (completion_logps(model, ids, completions) - completion_logps(reference, ids, completions))).tolist()
+            rewards = (options.beta * completion_logratios(model, reference, ids, completions)).tolist()
         rows.append([(decode(own, completion), reward) for completion, reward in zip(completions, rewards)])
     for text, row in zip(texts, zip(*rows)):
         print(f"\n{text} ...")
@@ -2501,7 +2515,8 @@ def main(arguments=None) -> int:
         if options.stage:
             run_stage(options)
         elif options.sweep:
-            sweep(range(options.seed, options.seed + 3), options.out, replace(scale, limit_samples=2 * scale.limit_samples, reward_model_steps=2048))
+            finer = replace(scale, limit_samples=2 * scale.limit_samples, reward_model_steps=2048)
+            sweep(range(options.seed, options.seed + 3), options.out, finer)
         else:
             demonstrate(scale, options.seed, options.out, note)
     except (FloatingPointError, RunFailed, dist.DistError, RuntimeError, ValueError, OSError) as error:
