@@ -364,7 +364,7 @@ class GPT(nn.Module):
                 k, v = layer[:, :, :, :start + T]
             # causal among T new tokens; a single new token sees everything before it
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout).transpose(1, 2)
-            return y.reshape(B * T, -1)[at if rows is None else at[rows]] if flat else y.reshape(B, T, -1)
+            return F.embedding(at if rows is None else at[rows], y.reshape(B * T, -1)) if flat else y.reshape(B, T, -1)
 
         embeddings = self.wte(tokens) if embeddings is None else embeddings
         x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
@@ -1279,11 +1279,12 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
     """Train `model` in place on preferences against the frozen `reference`; return the history.
 
     loss: a function like those of section 9, with hyper its own settings; None is DPO. The reference never changes, so it is
-    asked once, before the first step.
+    asked once, before the first step, about the completions that training will see.
     """
     device, rows = next(model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
+    seen = [rows(step) for step in range(min(training.steps, -(-len(pairs) // training.batch_size)))]       # one epoch at most
     reference_logps = completion_logps(reference, pairs.prompts, pairs.completions, batch_size=min(512, 2 * training.micro_batch),
-                                       rows=pairs.rows()).to(device)                                  # (R,)
+                                       rows=pairs.subset(np.concatenate(seen)).rows()).to(device)           # (R,)
     lengths = torch.tensor([len(completion) for completion in pairs.completions], device=device)      # (R,)
 
     def preference_loss(model, batch):
@@ -1507,7 +1508,7 @@ class PPO:
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation. rewards, values, mask (B,T) -> advantages, returns (B,T), 0 where mask is 0.
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; behind the last token both are 0.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; behind the last token V and A are 0.
     Source: arXiv 1506.02438.
     """
     rewards, values = (x.masked_fill(~mask.bool(), 0) for x in (rewards, values))
@@ -1909,7 +1910,8 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
         return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
     sample = raw(*([rows[i].tolist() for i in range(min(4096, len(rows)))] for rows in (world.pairs.prompts, world.pairs.completions)))
     mean, std = sample.mean(), sample.std()
-    ppo = PPO(beta=beta / std.item(), max_new_tokens=MAX_NEW_TOKENS, **settings)
+    # half the work of PPO's usual four epochs in minibatches of 128, and as good here
+    ppo = PPO(**{"beta": beta / std.item(), "max_new_tokens": MAX_NEW_TOKENS, "epochs": 2, "minibatch": 32, **settings})
     training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, eps=1e-5, seed=world.seed)
     policy = copy.deepcopy(world.reference)
     world.histories[stage] = train_ppo(policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
@@ -2086,19 +2088,19 @@ COLOURS = {"SFT": "#000000", "Preferred-FT": "#E69F00", "Unlikelihood": "#CC79A7
            "DPO": "#D55E00", "Best-of-N": "#009E73"}                             # Okabe and Ito's palette, safe for all eyes
 
 
-def new_figure(rows: int, columns: int, size, title=""):
+def new_figure(rows: int, columns: int, size, title="", **options):
     from matplotlib.figure import Figure                                         # here, for it takes a second to load
     figure = Figure(size, dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
     return figure, axes
 
 
 def draw_frontier(axis, limit: list, methods: dict):
-    """Reward against KL under the analytic limit [the paper's Figure 2, left]; bars: 95% intervals, of the gain for the reward.
-    Stars mark where theory puts DPO at each beta. A method's family is its name's first word."""
+    """Reward against KL under the analytic limit [the paper's Figure 2, left]; bars: 1.96 standard errors, of the gain for the
+    reward. Stars mark where theory puts DPO at each beta. A method's family is its name's first word."""
     kl, reward, error = (np.array([point[key] for point in limit]) for key in ("kl", "reward", "se"))
     widest = 1.15 * max(row["kl"] for name, row in methods.items() if name != "Unlikelihood")
     axis.plot(kl, reward, color="black", lw=2, label="analytic limit")
@@ -2109,7 +2111,7 @@ def draw_frontier(axis, limit: list, methods: dict):
             axis.plot([], [], " ", label=f"{name}: KL {row['kl']:.0f}, reward {row['reward']:.1f}, off the plot")
             continue
         axis.errorbar(row["kl"], row["reward"], 1.96 * (row.get("gain_se", row["reward_se"]) or 0), 1.96 * (row["kl_se"] or 0),
-                      ms=6, fmt="s" if family == "Best-of-N" else "o", capsize=2, color=COLOURS[family], label=family)
+                      ms=6, fmt={"Best-of-N": "s", "PPO-RM": "^"}.get(family, "o"), capsize=2, color=COLOURS[family], label=family)
         if family == "DPO":
             axis.plot(row["theory_kl"], row["theory_reward"], "*", ms=15, mfc="none", color=COLOURS["DPO"], label="DPO in theory")
     axis.set(xlim=(-0.03 * widest, widest), ylim=(reward[0] - 0.8, 1.08 * np.interp(widest, kl, reward)),
@@ -2120,17 +2122,24 @@ def draw_frontier(axis, limit: list, methods: dict):
 
 
 def plot_sweep(results: dict, path: Path):
-    """Left: the frontier, means over seeds. Right: where DPO lands with few and with many pairs."""
-    figure, axes = new_figure(1, 2, (12, 4.6))
-    draw_frontier(axes[0, 0], results["frontier"], {name: row for name, row in results["means"].items() if "pairs" not in name})
+    """The frontier, means over seeds; where DPO lands with few and with many pairs, and how near the limit."""
+    figure, axes = new_figure(1, 3, (14, 4.6), width_ratios=(2, 1, 1))
+    means = {name: row for name, row in results["means"].items() if "pairs" not in name}
+    draw_frontier(axes[0, 0], results["frontier"], means)
+    for name, row in means.items():
+        if name.startswith("DPO"):
+            axes[0, 0].annotate(name.replace("DPO ", ""), (row["kl"], row["reward"]), (-8, 9), textcoords="offset points",
+                                ha="right", fontsize=8, color=COLOURS["DPO"])
     rows = {int(name.split("pairs=")[1]): row for name, row in results["means"].items() if "pairs=" in name}
-    for key, label, colour in (("kl_over_theory", "DPO's KL / the KL theory predicts", COLOURS["DPO"]),
-                               ("efficiency", "DPO's efficiency", COLOURS["PPO-GT"])):
-        axes[0, 1].errorbar(list(rows), [row.get(key, math.nan) for row in rows.values()],
-                            [1.96 * (row.get(key + "_se") or 0) for row in rows.values()], fmt="o-", capsize=2, color=colour, label=label)
-    axes[0, 1].axhline(1, color="black", lw=0.8, ls=":")
-    axes[0, 1].set(xscale="log", yscale="log", xlabel=f"training pairs (beta {BETA:g}, {results['config']['dpo_steps']} steps)")
-    axes[0, 1].legend(fontsize=8)
+    for axis, key, label in zip(axes[0, 1:], ("kl_over_theory", "efficiency"), ("DPO's KL / the KL in theory", "DPO's efficiency")):
+        axis.errorbar(list(rows), [row[key] for row in rows.values()], [1.96 * row[key + "_se"] for row in rows.values()], fmt="o-",
+                      capsize=2, color=COLOURS["DPO"])
+        axis.axhline(1, color="black", lw=0.8, ls=":")
+        axis.set(xscale="log", ylabel=label, xlabel=f"training pairs (beta {BETA:g}, {results['config']['dpo_steps']} steps)")
+    axes[0, 1].set(yscale="log")
+    axes[0, 1].set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes[0, 1].minorticks_off()
+    axes[0, 2].set(ylim=(0, 1.05))
     figure.savefig(path)
 
 
