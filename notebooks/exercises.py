@@ -9,6 +9,7 @@ A wrong answer is told its likely mistake. A stub that is left fails, a function
 No solution needs more than fifteen lines. `solutions.py` holds one of each. Work in the order given: later ones use earlier ones.
 
 B is the number of sequences or pairs, T the number of tokens, V the size of the vocabulary. Log-probabilities are in nats.
+s(z) = 1 / (1 + e^-z) is the logistic function.
 `mask` (B,T) is True on the tokens of the response, its EOS included, and False on prompt and pads:
 
     tokens   P P a b E .         prompt P, response a b, EOS E, pad .
@@ -27,7 +28,7 @@ def sequence_logps(model, tokens, mask):
 
         log pi(y|x) = sum_{t: mask[t]} log softmax(logits[t-1])[tokens[t]]
 
-    Graded by: pytest -k exercise_sequence_logps
+    Graded by: DPO_MODULE=exercises pytest -k exercise_sequence_logps
     """
     raise NotImplementedError("sequence_logps is still to be written")
 
@@ -40,7 +41,7 @@ def sft_loss(model, tokens, mask):
 
         L = -sum_rows log pi(y|x) / sum_rows |y|
 
-    Graded by: pytest -k exercise_sft
+    Graded by: DPO_MODULE=exercises pytest -k exercise_sft
     """
     raise NotImplementedError("sft_loss is still to be written")
 
@@ -56,7 +57,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l)
         losses = -(1-e) log s(z) - e log s(-z),    rewards = beta d
 
-    Graded by: pytest -k loss
+    Graded by: DPO_MODULE=exercises pytest -k loss
     """
     raise NotImplementedError("dpo_loss is still to be written")
 
@@ -70,7 +71,7 @@ def dpo_gradient(policy_chosen_logps, policy_rejected_logps, reference_chosen_lo
 
         dL/d log pi(y_w) = -beta s(-z),   dL/d log pi(y_l) = +beta s(-z)              (e = 0; find the general case)
 
-    Graded by: pytest -k exercise_gradient
+    Graded by: DPO_MODULE=exercises pytest -k exercise_gradient
     """
     raise NotImplementedError("dpo_gradient is still to be written")
 
@@ -83,7 +84,7 @@ def reward_model_loss(chosen_scores, rejected_scores):
 
         p(y_w > y_l) = s(score_w - score_l)
 
-    Graded by: pytest -k exercise_reward_model
+    Graded by: DPO_MODULE=exercises pytest -k exercise_reward_model
     """
     raise NotImplementedError("reward_model_loss is still to be written")
 
@@ -97,7 +98,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
 
-    Graded by: pytest -k exercise_gae
+    Graded by: DPO_MODULE=exercises pytest -k exercise_gae
     """
     raise NotImplementedError("gae is still to be written")
 
@@ -111,7 +112,7 @@ def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, 
         policy = -min( ratio A, clip(ratio, 1-clip, 1+clip) A )
         value  = 1/2 max( (V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2 )
 
-    Graded by: pytest -k exercise_ppo
+    Graded by: DPO_MODULE=exercises pytest -k exercise_ppo
     """
     raise NotImplementedError("ppo_losses is still to be written")
 
@@ -128,6 +129,8 @@ def soft_value_iteration(P, reward, terminal, reference, beta):
         V_t(s)      = beta log sum_a reference_t(a|s) exp(Q_t(s,a)/beta)
         pi*_t(a|s)  = reference_t(a|s) exp((Q_t(s,a) - V_t(s))/beta)
 
-    `gridworld.FrozenLake` has such P, reward and terminal. Graded by: pytest -k exercise_soft_value_iteration
+    `gridworld.FrozenLake` has such P, reward and terminal.
+
+    Graded by: DPO_MODULE=exercises pytest -k exercise_soft_value_iteration
     """
     raise NotImplementedError("soft_value_iteration is still to be written")

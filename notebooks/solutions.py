@@ -12,7 +12,7 @@ def sequence_logps(model, tokens, mask):
 
         log pi(y|x) = sum_{t: mask[t]} log softmax(logits[t-1])[tokens[t]]
 
-    Graded by: pytest -k exercise_sequence_logps
+    Graded by: DPO_MODULE=exercises pytest -k exercise_sequence_logps
     """
     logps = model(tokens)[:, :-1].log_softmax(-1)                                # position t predicts token t + 1: (B, T-1, V)
     logps = logps.gather(2, tokens[:, 1:, None]).squeeze(2)                      # (B, T-1)
@@ -27,7 +27,7 @@ def sft_loss(model, tokens, mask):
 
         L = -sum_rows log pi(y|x) / sum_rows |y|
 
-    Graded by: pytest -k exercise_sft
+    Graded by: DPO_MODULE=exercises pytest -k exercise_sft
     """
     return -sequence_logps(model, tokens, mask).sum() / mask.sum()
 
@@ -43,7 +43,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l)
         losses = -(1-e) log s(z) - e log s(-z),    rewards = beta d
 
-    Graded by: pytest -k loss
+    Graded by: DPO_MODULE=exercises pytest -k loss
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps              # d_w
     rejected_logratios = policy_rejected_logps - reference_rejected_logps        # d_l
@@ -61,7 +61,7 @@ def dpo_gradient(policy_chosen_logps, policy_rejected_logps, reference_chosen_lo
 
         dL/d log pi(y_w) = -beta s(-z),   dL/d log pi(y_l) = +beta s(-z)              (e = 0; find the general case)
 
-    Graded by: pytest -k exercise_gradient
+    Graded by: DPO_MODULE=exercises pytest -k exercise_gradient
     """
     z = beta * ((policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps))
     # d/dz log s(z) = s(-z), so dL/dz = -(1-e) s(-z) + e s(z); and dz/d log pi_w = beta, dz/d log pi_l = -beta
@@ -77,7 +77,7 @@ def reward_model_loss(chosen_scores, rejected_scores):
 
         p(y_w > y_l) = s(score_w - score_l)
 
-    Graded by: pytest -k exercise_reward_model
+    Graded by: DPO_MODULE=exercises pytest -k exercise_reward_model
     """
     return -F.logsigmoid(chosen_scores - rejected_scores)
 
@@ -91,7 +91,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
 
-    Graded by: pytest -k exercise_gae
+    Graded by: DPO_MODULE=exercises pytest -k exercise_gae
     """
     mask = mask.bool()
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
@@ -112,7 +112,7 @@ def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, 
         policy = -min( ratio A, clip(ratio, 1-clip, 1+clip) A )
         value  = 1/2 max( (V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2 )
 
-    Graded by: pytest -k exercise_ppo
+    Graded by: DPO_MODULE=exercises pytest -k exercise_ppo
     """
     ratio = (logps - old_logps).exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -133,7 +133,9 @@ def soft_value_iteration(P, reward, terminal, reference, beta):
         V_t(s)      = beta log sum_a reference_t(a|s) exp(Q_t(s,a)/beta)
         pi*_t(a|s)  = reference_t(a|s) exp((Q_t(s,a) - V_t(s))/beta)
 
-    `gridworld.FrozenLake` has such P, reward and terminal. Graded by: pytest -k exercise_soft_value_iteration
+    `gridworld.FrozenLake` has such P, reward and terminal.
+
+    Graded by: DPO_MODULE=exercises pytest -k exercise_soft_value_iteration
     """
     V, policy = np.zeros(len(P)), np.empty_like(reference)
     for t in reversed(range(len(reference))):
