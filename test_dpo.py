@@ -21,6 +21,7 @@ Ten mistakes seen in public DPO and RLHF code, each planted below, and the test 
     reward read at a pad position              test_reward_is_read_at_the_last_token
     ratio not 1 on the first minibatch         test_ppo_ratio_starts_at_one
 """
+import concurrent.futures
 import copy
 import importlib
 import inspect
@@ -2850,12 +2851,25 @@ def test_notebook_is_stored_executed(path):
     assert path.stat().st_size <= 400_000
 
 
+@pytest.fixture(scope="session")
+def executions(request):
+    """Notebook -> its execution in a new kernel, a future. Two run at a time, with one thread each."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+
+    def execute(path):
+        nbclient.NotebookClient(nbformat.read(path, 4), timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute(
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wanted = [item.callspec.params["path"] for item in request.session.items if item.originalname == "test_notebook_runs"]
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    yield {path: pool.submit(execute, path) for path in wanted}
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
+def test_notebook_runs(path, executions):
     """Every cell runs in a new kernel; what the prose states is asserted in the cells themselves."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    nbclient.NotebookClient(nbformat.read(path, 4), timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
+    executions[path].result()
 
 
 # ======================================================================================================================
