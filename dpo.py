@@ -442,7 +442,10 @@ def replace_file(path: Path, write):
     draft = path.with_name(path.name + ".part")
     draft.unlink(missing_ok=True)                                                # were it a link, its target would be written
     try:
+        draft.touch()
+        mode = draft.stat().st_mode
         write(draft)
+        draft.chmod(mode)                                                        # safetensors replaces it by one that only its owner reads
         with open(draft, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -760,6 +763,8 @@ class Run:
             rows = path.read_text().splitlines(keepends=True) if saved else []
             rows = [row for row in rows if row.endswith("}\n") and json.loads(row).get("step", self.last_good) < self.last_good]
             replace_file(path, lambda draft: draft.write_text("".join(rows)))
+            for leftover in self.out.glob(LEFTOVER):
+                leftover.unlink()
             save_tokenizer(self.tokenizer, self.out)
             if saved:
                 self.export(saved["model"])                                      # the kill may have come between the two files
@@ -2174,6 +2179,7 @@ def plot_training(histories: dict, path: Path, note=""):
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 LEARNING_RATES = {"sft": 3e-3, "dpo": 5e-4, "rm": 1e-3, "ppo": 5e-4}             # at width 128; times (128 / width)^2 above
 OURS = {"checkpoint.pt", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+LEFTOVER = ".tmp??????"                 # what a kill leaves when it strikes while safetensors writes
 
 
 def find_model(name: str) -> Path:
@@ -2481,7 +2487,7 @@ def run_stage(options):
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     if out:
-        names = {path.name.removesuffix(".part") for path in out.iterdir()} if out.is_dir() else set()
+        names = {path.name.removesuffix(".part") for path in out.iterdir() if not path.match(LEFTOVER)} if out.is_dir() else set()
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out}: --out is a directory's name, and this is a file")
         if names and not options.overwrite and not (options.resume and names <= OURS):

@@ -2321,9 +2321,11 @@ def test_kill_and_resume_changes_no_bit(world, tmp_path, stage):
             assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
             for path in (tmp_path / "broken").iterdir():                         # done: begin anew, until ten kills have struck
                 path.unlink()
+    (tmp_path / "broken" / ".tmpa1B2c3").touch()                                 # safetensors' own draft, when a kill struck there
     assert killed(arguments, 100) == 0
 
     def check(directory):
+        assert {path.name for path in directory.iterdir()} == dpo.OURS and (directory / "model.safetensors").stat().st_mode & 0o044
         assert weights(directory) == weights(tmp_path / "whole")
         rows, expected = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (directory, tmp_path / "whole"))
         assert rows[:-1] == expected[:-1] and [row["step"] for row in rows[:-1]] == list(range(12)) and rows[-1]["summary"]
