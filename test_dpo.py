@@ -819,6 +819,29 @@ def test_common_beginnings_are_computed_once(monkeypatch):
     rejects(lambda _: check(), None)
 
 
+def test_attention_both_ways():
+    """The formula, taken on a CPU up to 64 tokens, and PyTorch's kernel, from 65 on, give the same values and gradients; they
+    agree with the definition, token by token. Rejected: a look into the future, no division by sqrt(size)."""
+    def definition(q, k, v, future=False, scale=1.0):
+        rows = []
+        for t in range(q.shape[2]):
+            seen = k.shape[2] if future else k.shape[2] - q.shape[2] + t + 1
+            scores = (q[:, :, t:t + 1] @ k[:, :, :seen].mT) / (scale * math.sqrt(q.shape[3]))
+            rows.append(scores.softmax(-1) @ v[:, :, :seen])
+        return torch.cat(rows, 2)
+
+    for T, S in ((7, 7), (1, 9), (64, 64), (65, 65), (1, 70)):
+        q, k, v = (normal(2, 3, n, 4, seed=i).requires_grad_() for i, n in enumerate((T, S, S)))
+
+        def check(other):
+            close(dpo.attention(q, k, v), other(q, k, v))
+            weights = normal(2, 3, T, 4, seed=9)
+            for found, expected in zip(*(torch.autograd.grad((f(q, k, v) * weights).sum(), (q, k, v)) for f in (dpo.attention, other))):
+                close(found, expected)
+        check(definition)
+        rejects(check, lambda q, k, v: definition(q, k, v, scale=0.5), *[lambda q, k, v: definition(q, k, v, future=True)] * (T > 1))
+
+
 @torch.no_grad()
 def test_kv_cache_equals_full_forward():
     """Feeding 4 tokens, then one at a time, through the cache gives the logits of one full pass. Rejected: positions one behind."""
