@@ -1,6 +1,6 @@
 """How fast is it, and how does the cost grow?
 
-    python .ci/speed.py              peers side by side, then growth; 40 minutes on 2 cores, of which growth takes 4
+    python .ci/speed.py              peers side by side, then growth; a quarter of an hour, of which growth takes a minute or two
     python .ci/speed.py --only dpo   one table: dpo, generate, ppo or growth
 
 Peers are left out where they are not installed; `pip install "trl==1.12.0" datasets` brings them all (the last TRL with PPO). The work is the
