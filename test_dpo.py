@@ -1200,6 +1200,41 @@ def live_dpo(model, reference):
     return dpo.fit("live", model, batches, loss, training, quiet=True)
 
 
+def test_dpo_training_equals_a_plain_loop():
+    """Nothing that saves work changes a loss: ten steps beside a loop that computes every logit of every row, reference included.
+    Rejected: a loop with another beta, one that averages over tokens."""
+    torch.manual_seed(0)
+    reference, rng = GPT(GPTConfig(37, 32, 2, 2, 16)), random.Random(0)
+    words = lambda n: [rng.randrange(1, 36) for _ in range(n)]
+    prompts = [words(rng.randint(2, 9)) for _ in range(24)]
+    texts = [words(rng.randint(1, 20)) + [36] for _ in range(48)]
+    pairs = Pairs(prompts * 2, texts, np.arange(24), 24 + np.arange(24), np.arange(24))
+    training = Training(10, 1e-2, 8, warmup=0.0, decay=False)
+    found = column(dpo.train_preferences(copy.deepcopy(reference), reference, pairs, training, 0.5, quiet=True), "loss")
+
+    def check(beta, mean=False):
+        model, rows, losses = copy.deepcopy(reference), dpo.shuffled(24, training, pairs.prompt_index), []
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, (0.9, 0.99), training.eps, 0.0)
+
+        def logps(model, which):
+            tokens, mask = pad([(prompts * 2)[i] for i in which], [texts[i] for i in which])
+            chosen = model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0] * mask[:, 1:]
+            return chosen.sum(1) / (mask.sum(1) if mean else 1)
+        for step in range(10):
+            w, l = rows(step), 24 + rows(step)
+            with torch.no_grad():
+                ref_w, ref_l = logps(reference, w), logps(reference, l)
+            loss = -F.logsigmoid(beta * (logps(model, w) - ref_w - logps(model, l) + ref_l)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            optimizer.step()
+            losses.append(loss.item())
+        close(found, losses, "the trainer's losses differ from a plain loop's", tolerance=1e-4)
+    check(0.5)
+    rejects(lambda wrong: check(*wrong), (0.4,), (0.5, True))
+
+
 def test_cached_reference_equals_live():
     """Reference log-probs computed once, rows shared between pairs, give the losses of the long way: the reference never changes.
     Rejected: a reference that is the policy itself, and so is updated: its loss stays at ln 2 for ever."""
