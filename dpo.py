@@ -1738,6 +1738,7 @@ def best_of_n(rewards, n: int):
 
 
 def standard_error(values) -> float:
+    """Of the mean of independent values (n,), n >= 2: in their unit."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
@@ -1981,6 +1982,7 @@ def measure_all(world: World, jobs: list) -> tuple[dict, dict]:
 
 
 def start_worker(world: World, threads=None):
+    """What each process of `measure_all` does first: keep the world, so that jobs need not carry it."""
     work.world = world
     if threads:
         torch.set_num_threads(threads)
@@ -1989,6 +1991,7 @@ def start_worker(world: World, threads=None):
 
 
 def work(job):
+    """One job of `measure_all`, in its process -> name, row, examples, and the world's histories and checks."""
     name, run, options = job
     policy, row = measure(work.world, name, run, **options)
     return name, row, examples(policy, work.world), work.world.histories, work.world.checks
@@ -2105,6 +2108,7 @@ COLOURS = {"SFT": "#000000", "Preferred-FT": "#E69F00", "Unlikelihood": "#CC79A7
 
 
 def new_figure(rows: int, columns: int, size, title="", **options):
+    """A figure of `size` inches with a grid of axes (rows, columns); options: of matplotlib's `subplots`."""
     from matplotlib.figure import Figure                                         # here, for it takes a second to load
     figure = Figure(size, dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=9)
@@ -2148,8 +2152,8 @@ def plot_sweep(results: dict, path: Path):
                                 ha="right", fontsize=8, color=COLOURS["DPO"])
     rows = {int(name.split("pairs=")[1]): row for name, row in results["means"].items() if "pairs=" in name}
     for axis, key, label in zip(axes[0, 1:], ("kl_over_theory", "efficiency"), ("DPO's KL / the KL in theory", "DPO's efficiency")):
-        axis.errorbar(list(rows), [row[key] for row in rows.values()], [1.96 * row[key + "_se"] for row in rows.values()], fmt="o-",
-                      capsize=2, color=COLOURS["DPO"])
+        axis.errorbar(list(rows), [row.get(key, math.nan) for row in rows.values()],
+                      [1.96 * (row.get(key + "_se") or 0) for row in rows.values()], fmt="o-", capsize=2, color=COLOURS["DPO"])
         axis.axhline(1, color="black", lw=0.8, ls=":")
         axis.set(xscale="log", ylabel=label, xlabel=f"training pairs (beta {BETA:g}, {results['config']['dpo_steps']} steps)")
     axes[0, 1].set(yscale="log")
@@ -2237,6 +2241,7 @@ def held_out_split(held_out, options):
 
 
 def report(path, n: int, counts: dict):
+    """Say, once and not in each process, how many rows a file has, and what was counted in it."""
     if process()[0] == 0:
         print(f"{path}: {n} rows" + "".join(f"; {value} {name}" for name, value in counts.items() if value))
 
@@ -2273,6 +2278,7 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
 
 
 def checksum(path) -> int:
+    """CRC-32 of a file: has it changed since the checkpoint?"""
     crc = 0
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
