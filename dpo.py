@@ -590,20 +590,22 @@ def sequence_logps(model, tokens, mask):
 
 @functools.cache
 def onednn_rounds() -> bool:
-    """Whether oneDNN, while it may round the factors of a float32 product to bfloat16, does. It does on CPUs with AMX, a unit for that."""
+    """Whether oneDNN rounds the factors of a float32 product to bfloat16 when it may. It does on CPUs with AMX, a unit for that."""
     x = torch.linspace(1, 2, 2 ** 16).view(256, 256)
     return not torch.equal(x @ torch.eye(256), x)
 
 
 @contextlib.contextmanager
 def onednn_products(model):
-    """Within: float32 matrix products on a CPU by oneDNN instead of MKL, which leaves the AVX-512 units of AMD's processors idle;
-    there a product takes half the time, and a DPO step two thirds. PyTorch (2.9 and later) calls oneDNN for a product only where
-    its factors may be rounded to bfloat16, so that is allowed here, unless a trial shows that they are rounded indeed. oneDNN
-    makes a kernel for each new shape, in half a millisecond; a model's places in multiples of 64 make shapes recur: another 7%."""
+    """In this context a CPU's float32 matrix products are computed by oneDNN instead of MKL, which leaves the AVX-512 units of AMD's
+    processors idle: there a product takes half the time, and a DPO step two thirds.
+
+    PyTorch (from 2.9 on) asks oneDNN only where it may round the factors of a product to bfloat16. So it may here, but only where
+    a trial shows that it does not. oneDNN makes a kernel for each new shape, in half a millisecond. Therefore small models are
+    left to MKL, and `GPT.forward` computes its places in multiples of 64: shapes recur, and DPO steps gain another 7%."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     before = getattr(settings, "fp32_precision", None)
-    large = sum(p.numel() for p in model.parameters()) > 2 ** 19                 # of smaller models it only starts slower
+    large = sum(parameter.numel() for parameter in model.parameters()) > 2 ** 19
     try:
         if before is not None and large:
             settings.fp32_precision = "bf16"

@@ -801,7 +801,8 @@ def test_common_beginnings_are_computed_once(monkeypatch):
     """Rows 1 2 3 4 5, 1 2 3 9 9 and 1 2 7 4 5 have 10 distinct beginnings (1, 12, 123, 1234, 12345, 1239, 12399, 127, 1274, 12745): so
     many positions pass the model, of 15, and outputs and gradients are those of the rows alone. The 4 and 5 of the last row are
     not those of the first. Rejected: tokens and positions alone deciding what is the same."""
-    model, tokens, keep = tiny_gpt(), torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 9, 9], [1, 2, 7, 4, 5]]), torch.tensor([[0, 0, 1, 1, 1]] * 3).bool()
+    model, keep = tiny_gpt(), torch.tensor([[0, 0, 1, 1, 1]] * 3).bool()
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 9, 9], [1, 2, 7, 4, 5]])
     at, row = dpo.distinct_prefixes(tokens, keep)
     assert len(at) == 10 and len(set(row.tolist())) == 10
 
@@ -2348,8 +2349,12 @@ def run(*arguments):
     return dpo.main([str(argument) for argument in arguments])
 
 
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
 def summary(directory):
-    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    return metrics(directory)[-1]
 
 
 TINY_GPT = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 64 --vocab-size 300".split()
@@ -2373,7 +2378,8 @@ def command(world, stage, *more):
     own = {"sft": ["--data", world / "texts.jsonl", *TINY_GPT, "--dropout", 0.1],
            "dpo": ["--data", world / "pairs.jsonl", "--init", world / "sft", "--learning-rate", 1e-2],
            "rm": ["--data", world / "pairs.jsonl", "--init", world / "sft"],
-           "ppo": ["--data", world / "prompts.jsonl", "--init", world / "sft", "--reward", world / "rm", "--minibatch", 4, "--max-new-tokens", 8]}
+           "ppo": ["--data", world / "prompts.jsonl", "--init", world / "sft", "--reward", world / "rm", "--minibatch", 4,
+                   "--max-new-tokens", 8]}
     return [stage, "--steps", 12, "--batch-size", 8, *own[stage], *more]
 
 
@@ -2414,7 +2420,7 @@ def test_kill_and_resume_changes_no_bit(world, tmp_path, stage):
     def check(directory):
         assert {path.name for path in directory.iterdir()} == dpo.OURS and (directory / "model.safetensors").stat().st_mode & 0o044
         assert weights(directory) == weights(tmp_path / "whole")
-        rows, expected = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (directory, tmp_path / "whole"))
+        rows, expected = (metrics(path) for path in (directory, tmp_path / "whole"))
         assert rows[:-1] == expected[:-1] and [row["step"] for row in rows[:-1]] == list(range(12)) and rows[-1]["summary"]
     check(tmp_path / "broken")
     assert run(*command(world, stage, "--out", tmp_path / "other", "--seed", 1)) == 0
@@ -2433,7 +2439,7 @@ def test_two_processes_equal_one(world, tmp_path, stage):
         out = tmp_path / ("fsdp" if flags else "ddp")
         result = torchrun(*arguments, *flags, "--out", out)
         assert result.returncode == 0, result.stderr
-        rows, expected = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()[:-1]] for path in (out, tmp_path / "one"))
+        rows, expected = (metrics(path)[:-1] for path in (out, tmp_path / "one"))
         assert [row["step"] for row in rows] == [0, 1, 2, 3]
         for name in ("loss", "gradient_norm"):
             close(column(rows, name), column(expected, name), name, tolerance=1e-5)
@@ -2454,7 +2460,7 @@ def test_less_data_than_processes(world, tmp_path):
     for flags in ([], ["--fsdp"]):
         assert torchrun(*arguments, *flags, "--out", tmp_path / "two", "--overwrite").returncode == 0
         assert run(*arguments, "--out", tmp_path / "one", "--overwrite") == 0
-        rows, expected = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()[:-1]] for name in ("two", "one"))
+        rows, expected = (metrics(tmp_path / name)[:-1] for name in ("two", "one"))
         close(column(rows, "loss"), column(expected, "loss"), tolerance=1e-5)
 
 
@@ -2495,7 +2501,7 @@ def test_two_processes_stop_and_go_on(world, tmp_path, flags):
     assert run(*steps, "--resume", "--out", tmp_path / "one") == 0
 
     def check(directory):
-        rows, expected = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()[:-1]] for path in (directory, tmp_path / "whole"))
+        rows, expected = (metrics(path)[:-1] for path in (directory, tmp_path / "whole"))
         close(column(rows, "loss"), column(expected, "loss"), tolerance=1e-5)
     check(tmp_path / "two")
     check(tmp_path / "one")
@@ -2508,8 +2514,10 @@ PAIR = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
 
 
 @pytest.mark.parametrize("line, complaint", [
-    (b"{", "not JSON"), (b"[1]", "object"), (b"\xff\xfe\x00", "UTF-8"), (b"\x00\x01", "not JSON"), (b'{"prompt": "p", "chosen": "c"}', "missing"),
-    *[(PAIR.replace('"c"', value).encode(), complaint) for value, complaint in [("null", "null"), ("3", "string"), ('" "', "empty"), ("[]", "string"),
+    (b"{", "not JSON"), (b"[1]", "object"), (b"\xff\xfe\x00", "UTF-8"), (b"\x00\x01", "not JSON"),
+    (b'{"prompt": "p", "chosen": "c"}', "missing"),
+    *[(PAIR.replace('"c"', value).encode(), complaint) for value, complaint in [
+        ("null", "null"), ("3", "string"), ('" "', "empty"), ("[]", "string"),
                                                                                  (json.dumps("long " * 99), "tokens")]]], ids=repr)
 def test_faults_of_data_end_before_training(world, tmp_path, capfd, line, complaint):
     """Exit code 2 and one line, path:line: what is wrong; nothing is written. For the texts of sft and the prompts of ppo too."""
@@ -2533,7 +2541,8 @@ def test_faults_of_files_and_arguments(world, tmp_path, capfd):
     directory with other people's files: exit code 2 and one line that names it."""
     (tmp_path / "empty.jsonl").touch()
     for path in (tmp_path / "absent.jsonl", tmp_path / "empty.jsonl", tmp_path):
-        for stage, more in (("sft", TINY_GPT), ("dpo", ["--init", world / "sft"]), ("ppo", ["--init", world / "sft", "--reward", world / "rm"])):
+        for stage, more in (("sft", TINY_GPT), ("dpo", ["--init", world / "sft"]),
+                            ("ppo", ["--init", world / "sft", "--reward", world / "rm"])):
             assert run(stage, "--data", path, "--out", tmp_path / "out", *more) == 2
             said = capfd.readouterr().err
             assert said.startswith(f"dpo.py: {path}:") and said.count("\n") == 1
@@ -2544,9 +2553,11 @@ def test_faults_of_files_and_arguments(world, tmp_path, capfd):
     assert run("sft", "--data", tmp_path / "t.jsonl", "--out", other, *TINY_GPT) == 0
     foreign.mkdir(), (foreign / "thesis.tex").write_text("x")
     data, out = world / "pairs.jsonl", tmp_path / "out"
-    for options, complaint in [(["--init", "gpt2"], "hf download"), (["--init", "no/such"], "no such directory"), (["--init", broken], "broken"),
+    for options, complaint in [(["--init", "gpt2"], "hf download"), (["--init", "no/such"], "no such directory"),
+                               (["--init", broken], "broken"),
                                (["--init", world / "rm"], "reward model"), (["--init", world / "sft", "--reference", other], "vocabulary"),
-                               (["--init", world / "sft", "--out", foreign], "--overwrite"), (["--init", world / "sft", "--out", world / "rm"], "--resume"),
+                               (["--init", world / "sft", "--out", foreign], "--overwrite"),
+                               (["--init", world / "sft", "--out", world / "rm"], "--resume"),
                                (["--init", world / "sft", "--out", world / "sft", "--overwrite"], "overwrite a model"),
                                (["--init", world / "sft", "--hyper", "label_smoothing=0.1"], "label_smoothing")]:
         capfd.readouterr()
@@ -2634,7 +2645,8 @@ def argparse_like(world):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path, capfd, number, monkeypatch):
-    """Ctrl-C during step 3 of 12: the step is finished and saved, the message names --resume, and going on gives the unbroken run's bytes."""
+    """Ctrl-C during step 3 of 12: the step is finished and saved, the message names --resume, and going on gives the unbroken
+    run's bytes."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(*command(world, "dpo", "--out", whole)) == 0
     good, calls = dpo.LOSSES["dpo"], []
@@ -2684,9 +2696,12 @@ def test_a_run_starts_from_what_it_says(world, tmp_path, capfd):
     shutil.copytree(world / "sft", init)
     ppo = "ppo", "--data", world / "prompts.jsonl", "--init", init, "--out", out
     dpo_run = "dpo", "--data", world / "pairs.jsonl", "--init", init, "--out", out
-    faults = [(*ppo, "--reward", init), (*dpo_run, "--hyper", "eta=nan", "--loss", "rpo"), (*dpo_run, "--hyper", "label_smoothing=0", "--loss", "exo"),
-              (*dpo_run, "--hyper", "alpha", "--loss", "unlikelihood"), (*dpo_run, "--batch-size", 10 ** 8), (*dpo_run, "--epochs", "1e308"),
-              ("sft", "--data", world / "texts.jsonl", "--out", out, "--block-size", 1), ("sft", "--data", world / "texts.jsonl", "--out", out, "--dropout", 1.5)]
+    faults = [(*ppo, "--reward", init), (*dpo_run, "--hyper", "eta=nan", "--loss", "rpo"),
+              (*dpo_run, "--hyper", "label_smoothing=0", "--loss", "exo"),
+              (*dpo_run, "--hyper", "alpha", "--loss", "unlikelihood"), (*dpo_run, "--batch-size", 10 ** 8),
+              (*dpo_run, "--epochs", "1e308"),
+              ("sft", "--data", world / "texts.jsonl", "--out", out, "--block-size", 1),
+              ("sft", "--data", world / "texts.jsonl", "--out", out, "--dropout", 1.5)]
     for arguments in faults:
         try:
             code = run(*arguments)
@@ -2706,7 +2721,8 @@ def test_split_is_by_prompt():
 
     def check(held_out):
         train, rest = pairs.subset(~held_out), pairs.subset(held_out)
-        assert not set(train.rows()) & set(rest.rows()) and not set(train.prompt_index) & set(rest.prompt_index) and len(train) + len(rest) == 1000 and 50 <= len(rest) <= 150
+        assert not set(train.rows()) & set(rest.rows()) and not set(train.prompt_index) & set(rest.prompt_index)
+        assert len(train) + len(rest) == 1000 and 50 <= len(rest) <= 150
         side = lambda part, i: bytes(part.completions[part.chosen[i]].astype(np.uint8)[:-1]).decode()
         assert side(rest, 0) == f"a{rest.lines[0] - 1}"
     check(pairs.held_out)
@@ -2767,7 +2783,8 @@ def test_what_we_save_loads_in_transformers(world, monkeypatch):
 def test_shards_and_their_tokenizers(world, tmp_path):
     """A model saved by transformers in shards, with its tokenizer as tokenizer.json, or vocab.json and merges.txt alone."""
     transformers = pytest.importorskip("transformers")
-    model, tokenizer = transformers.GPT2LMHeadModel.from_pretrained(world / "sft").eval(), transformers.AutoTokenizer.from_pretrained(world / "sft")
+    model = transformers.GPT2LMHeadModel.from_pretrained(world / "sft").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "sft")
     model.save_pretrained(tmp_path / "theirs", max_shard_size="10KB"), tokenizer.save_pretrained(tmp_path / "theirs")
     assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
     ours, encoding = dpo.open_model(tmp_path / "theirs", "cpu")
@@ -2781,7 +2798,8 @@ def test_shards_and_their_tokenizers(world, tmp_path):
 
 def test_sample_prints_side_by_side(world, capsys):
     """Two models, two prompts, two completions each; a model's reward against itself is 0; the same seed says the same again."""
-    arguments = "sample", "--init", world / "sft", "--init", world / "sft", "--prompt", "the plot", "--prompt", "the", "--n", 2, "--top-k", 9, "--top-p", 0.9
+    arguments = ("sample", "--init", world / "sft", "--init", world / "sft", "--prompt", "the plot", "--prompt", "the", "--n", 2,
+                 "--top-k", 9, "--top-p", 0.9)
     said = []
     for seed in (0, 0, 1):
         assert run(*arguments, "--seed", seed) == 0
@@ -2854,14 +2872,16 @@ def test_real_text_end_to_end(tmp_path, capsys):
 # 5. The whole: the demonstration, and what the README says of the code
 # ======================================================================================================================
 
-TINY = dict(sft_steps=40, prompts=64, dpo_steps=8, reward_model_steps=8, baseline_steps=8, ppo_rollouts=1, held_out=6, samples=4, limit_samples=64)
+TINY = dict(sft_steps=40, prompts=64, dpo_steps=8, reward_model_steps=8, baseline_steps=8, ppo_rollouts=1, held_out=6, samples=4,
+            limit_samples=64)
 
 
 def test_demonstration_writes_what_it_promises(tmp_path, capsys):
     """summary.json holds every method with every column, finite or null; losses start at log 2 and ratios at 1; the figures are there."""
     dpo.demonstrate(dpo.Scale(**TINY), seed=3, out=tmp_path, note="tiny")
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert list(summary["methods"]) == ["SFT", "Best-of-4", "Best-of-16", "Best-of-64", "Preferred-FT", "Unlikelihood", "PPO-RM", "PPO-GT", "DPO"]
+    assert list(summary["methods"]) == ["SFT", "Best-of-4", "Best-of-16", "Best-of-64", "Preferred-FT", "Unlikelihood", "PPO-RM",
+                                        "PPO-GT", "DPO"]
     for name, row in summary["methods"].items():
         columns = {"reward", "reward_se", "kl", "kl_se", "efficiency", "win_rate", "grammatical", "seconds"}
         assert columns <= row.keys(), (name, columns - row.keys())
@@ -2884,7 +2904,8 @@ def test_readme_points_at_the_code():
     def check(links):
         assert len(links) > 5
         for name, number in links:
-            assert re.match(rf"\s*(def |class )?{name}\b", lines[int(number) - 1]), f"README: {name} is not at line {number}: {lines[int(number) - 1]}"
+            line = lines[int(number) - 1]
+            assert re.match(rf"\s*(def |class )?{name}\b", line), f"README: {name} is not at line {number}: {line}"
     check(links)
     rejects(check, [(name, int(number) + 1) for name, number in links])
 
@@ -3036,7 +3057,8 @@ def test_exercise_sft():
     def check(loss):
         close(loss(BIGRAM, *ROWS), 12 / 5 * LN2, "nats per response token of two rows", 1e-5)
     judge("sft_loss", check, [(BIGRAM, *ROWS)], {
-        "each row were averaged alone: all response tokens of the batch weigh the same": lambda *args: -naive_logps(*args, mean=True).mean(),
+        "each row were averaged alone: all response tokens of the batch weigh the same":
+            lambda *args: -naive_logps(*args, mean=True).mean(),
         "it summed: divide by the number of response tokens": total,
         "it divided by the number of rows, not of response tokens": lambda *args: total(*args) / 2,
         "it divided by all places, prompt and pads too": lambda *args: total(*args) / args[1].numel(),
@@ -3074,7 +3096,8 @@ def test_exercise_gradient():
     judge("dpo_gradient", check, [hand, random], {
         "the sign were reversed: the loss falls where the chosen rises": variant(sides=(-1, 1)),
         "beta were left out of the chain rule: dz/d log pi_w = beta": variant(factor=0.0),
-        "the weight were s(z), large on pairs already learnt: it is s(-z)": variant(lambda z, e: e * (-z).sigmoid() - (1 - e) * z.sigmoid()),
+        "the weight were s(z), large on pairs already learnt: it is s(-z)":
+            variant(lambda z, e: e * (-z).sigmoid() - (1 - e) * z.sigmoid()),
         "there were no weight: that is unlikelihood, which never lets go": variant(lambda z, e: torch.full_like(z, 2 * e - 1)),
         "it averaged over pairs: it is the gradient of the sum": variant(mean=True),
         "the reference were left out: it enters through the weight": variant(reference=0.0),
@@ -3139,7 +3162,8 @@ def test_exercise_gae():
             close(found[0], float64(*advantages)[None], f"advantages at gamma {gamma}, lam 1/2")
             close(found[1], float64(*returns)[None], f"returns at gamma {gamma}, lam 1/2")
         advantages = gae(*random)[0]
-        close(advantages[1:], torch.cat([gae(*(x[[i]] for x in random[:3]), *random[3:])[0] for i in (1, 2)]), "rows must not touch each other")
+        alone = torch.cat([gae(*(x[[i]] for x in random[:3]), *random[3:])[0] for i in (1, 2)])
+        close(advantages[1:], alone, "rows must not touch each other")
     judge("gae", check, [(rewards, values, mask, 0.5, 0.5), random], {why: variant(mistake) for mistake, why in {
         "no mask": "mask were ignored: prompt and pads are no steps",
         "leak": "what stands behind the response leaked in: V and A are 0 there",

@@ -8,6 +8,8 @@ same for all: a GPT-2 of 4 layers, 4 heads, width 128, vocabulary 512, random we
 a process of its own, and contestants take turns; a table holds medians of the rounds. Let nothing else run meanwhile.
 """
 import argparse
+import contextlib
+import copy
 import json
 import os
 import resource
@@ -38,14 +40,18 @@ def clock(stamps, skip):
 
 
 def product_rate():
-    """float32 operations a second in a product of 2048 x 2048 matrices: what the machine can do."""
+    """float32 operations a second in a product of 2048 x 2048 matrices: as PyTorch computes it by default, and as `dpo.py` has it done."""
     import torch
-    a, times = torch.randn(2048, 2048), []
-    for _ in range(5):
-        started = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - started)
-    return 2 * 2048 ** 3 / min(times)
+    a, rates = torch.randn(2048, 2048), []
+    for context in (contextlib.nullcontext(), adapter().dpo.onednn_products(torch.nn.Linear(1024, 1024))):
+        times = []
+        with context:
+            for _ in range(5):
+                started = time.perf_counter()
+                a @ a
+                times.append(time.perf_counter() - started)
+        rates.append(2 * 2048 ** 3 / min(times))
+    return {"default_rate": rates[0], "onednn_rate": rates[1]}
 
 
 # ---- contestants: each returns units a second --------------------------------------------------------------------------
@@ -83,31 +89,50 @@ def peers_gpt2(kind="GPT2LMHeadModel", **more):
         vocab_size=512, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=0, **sizes))
 
 
-def dpo_plain_loop(steps=40):
-    """The shortest honest loop over transformers' model: reference log-probs kept, logits of completions only, fused AdamW."""
+def plain_loop(model, completion_logits, online=False, steps=40):
+    """The shortest honest loop: rows padded on the right, fused AdamW. completion_logits(model, tokens, real) -> logits that predict
+    what stands behind the prompts. The reference is asked about all pairs first or, online, at each step about that step's."""
     import torch
     import torch.nn.functional as F
-    pairs, model = synthetic_pairs(), peers_gpt2()
+    pairs, frozen = synthetic_pairs(), copy.deepcopy(model)
 
-    def logps(which):
+    def logps(model, which):
         texts = [pairs[i]["prompt"] + pairs[i][side] for side in ("chosen", "rejected") for i in which]
         longest = max(map(len, texts))
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
-        counted = torch.arange(8, longest) < torch.tensor([[len(text)] for text in texts])
-        logits = model.lm_head(model.transformer(tokens, use_cache=False).last_hidden_state[:, 7:-1])
-        return (logits.log_softmax(-1).gather(-1, tokens[:, 8:, None]).squeeze(-1) * counted).sum(1).view(2, -1)
+        real = torch.arange(longest) < torch.tensor([[len(text)] for text in texts])
+        logits = completion_logits(model, tokens, real)
+        return (logits.log_softmax(-1).gather(-1, tokens[:, 8:, None]).squeeze(-1) * real[:, 8:]).sum(1).view(2, -1)
     with torch.no_grad():
-        reference = torch.cat([logps(range(i, i + BATCH)) for i in range(0, len(pairs), BATCH)], 1)
+        known = None if online else torch.cat([logps(frozen, range(i, i + BATCH)) for i in range(0, len(pairs), BATCH)], 1)
     optimizer, stamps = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0, fused=True), []
     for _ in range(steps):
         which = torch.randint(len(pairs), (BATCH,))
-        margins = logps(which.tolist()) - reference[:, which]
+        with torch.no_grad():
+            reference = logps(frozen, which.tolist()) if online else known[:, which]
+        margins = logps(model, which.tolist()) - reference
         (-F.logsigmoid(BETA * (margins[0] - margins[1])).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         stamps.append(time.perf_counter())
     return BATCH / clock(stamps, 10)
+
+
+def dpo_plain_own():
+    """Over `dpo.py`'s own model, which is of nanoGPT's kind."""
+    return plain_loop(adapter().gpt(SIZES), lambda model, tokens, real: model(tokens)[:, 7:-1])
+
+
+def dpo_plain_transformers():
+    """Over transformers' model, with the head where it is needed."""
+    return plain_loop(peers_gpt2(), lambda model, tokens, real: model.lm_head(
+        model.transformer(tokens, use_cache=False).last_hidden_state[:, 7:-1]))
+
+
+def dpo_as_the_papers_code():
+    """What a step of the paper's reference code does: an attention mask, all logits, the reference at each step; but AdamW."""
+    return plain_loop(peers_gpt2(), lambda model, tokens, real: model(tokens, attention_mask=real.long()).logits[:, 7:-1], online=True)
 
 
 def generate_transformers():
@@ -144,7 +169,6 @@ TRL = dict(report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True
 
 
 def dpo_trl(steps=40, precompute=True):
-    import copy
     import datasets
     import trl
     words = lambda ids: " ".join("<eos>" if i == EOS else f"w{i}" for i in ids)
@@ -162,7 +186,6 @@ def dpo_trl_online():
 
 
 def ppo_trl(updates=8):
-    import copy
     import datasets
     from trl.experimental.ppo import PPOConfig, PPOTrainer
     rows = datasets.Dataset.from_list([{"input_ids": pair["prompt"]} for pair in synthetic_pairs()])
@@ -175,7 +198,7 @@ def ppo_trl(updates=8):
     return 1 / clock(stamps, 2)
 
 
-TABLES = {"dpo": ("pairs/s", [dpo_ours, dpo_plain_loop, dpo_trl, dpo_trl_online]),
+TABLES = {"dpo": ("pairs/s", [dpo_ours, dpo_plain_own, dpo_plain_transformers, dpo_as_the_papers_code, dpo_trl, dpo_trl_online]),
           "generate": ("tokens/s", [generate_ours, generate_transformers]),
           "ppo": ("updates/s", [ppo_ours, ppo_trl])}
 
@@ -204,16 +227,16 @@ def growth():
     for length in (64, 128, 256, 512):
         row = alone("grow", length=length, pairs=128)
         print(f"| {length} | {row['step']:.0f} | {row['quadratic']:.0%} |")
-    print("\n| width | ms a step | of the product rate |\n|---|---|---|")
+    print("\n| width | ms a step | of the product rate: default, oneDNN's |\n|---|---|---|")
     for width in (128, 256, 512):
         row = alone("grow", width=width, pairs=128)
-        print(f"| {width} | {row['step']:.0f} | {row['rate'] / row['product_rate']:.0%} |")
+        print(f"| {width} | {row['step']:.0f} | {row['rate'] / row['default_rate']:.0%}, {row['rate'] / row['onednn_rate']:.0%} |")
 
 
 # ---- one process a measurement -----------------------------------------------------------------------------------------
 
 def alone(name, **options):
-    """Run a function of this file in a process of its own -> its numbers, the process's peak memory, and the product rate then."""
+    """Run a function of this file in a process of its own -> its numbers, the process's peak memory, and the product rates then."""
     done = subprocess.run([sys.executable, __file__, "--alone", name, json.dumps(options)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
@@ -227,7 +250,7 @@ def answer(name, options):
     result = globals()[name](**options)
     result = result if isinstance(result, dict) else {"rate": result}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({**result, "peak": peak, "product_rate": product_rate()}))
+    print(json.dumps({**result, "peak": peak, **product_rate()}))
 
 
 def table(name, rounds):
@@ -244,9 +267,10 @@ def table(name, rounds):
                 del results[contestant]
     middle = {contestant: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for contestant, runs in results.items()}
     ours = next(iter(middle.values()))["rate"]
-    print(f"\n| {name} | {unit} | ours is faster | peak MB | of the product rate |\n|---|---|---|---|---|")
+    print(f"\n| {name} | {unit} | ours is faster | peak MB | of the product rate: default, oneDNN's |\n|---|---|---|---|---|")
     for contestant, row in middle.items():
-        share = "" if name != "dpo" else f"{row['rate'] * 80 * (6 * 851_968 + 12 * 4 * 128 * 20) / row['product_rate']:.0%}"
+        work = row["rate"] * 80 * (6 * 851_968 + 12 * 4 * 128 * 20)                  # operations a second, if rates are pairs
+        share = "" if name != "dpo" else f"{work / row['default_rate']:.0%}, {work / row['onednn_rate']:.0%}"
         print(f"| {contestant} | {row['rate']:.3g} | {ours / row['rate']:.2f}x | {row['peak']:.0f} | {share} |")
 
 
