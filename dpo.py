@@ -5,9 +5,9 @@ which of two is better: once by DPO (arXiv 2305.18290), and once the long way ro
 learning from human feedback, RLHF). The reviews come from a small language whose true reward is known, so each method is
 measured against the best that any method could do: the analytic limit.
 
-    python dpo.py             the whole comparison on two CPU cores, offline, 2.2 minutes; figures and numbers in out/
+    python dpo.py             the whole comparison on two CPU cores, offline, two minutes; figures and numbers in out/
     python dpo.py --fast      the same story in half a minute, less precise
-    python dpo.py --sweep     several betas, numbers of pairs and seeds, half an hour: the figures of the README
+    python dpo.py --sweep     several betas, numbers of pairs and seeds, 17 minutes: the README's figure
 
     python dpo.py sft|dpo|rm|ppo|eval|sample --help      the same stages on your own data, from scratch or from GPT-2
 
@@ -281,7 +281,7 @@ class GPTConfig:
     n_head: int
     n_embd: int
     dropout: float = 0.0
-    eos_token_id: int = None            # GPT-2's convention where not given: the last id of the vocabulary
+    eos_token_id: int | None = None     # GPT-2's convention where not given: the last id of the vocabulary
 
     def __post_init__(self):
         self.eos_token_id = self.vocab_size - 1 if self.eos_token_id is None else self.eos_token_id
@@ -292,11 +292,14 @@ class GPTConfig:
 
 
 def attention(q, k, v, dropout: float = 0.0):
-    """softmax(q k^T / sqrt(hs)) v, causal: of S tokens so far the last T ask, T = S or 1. q (B,nh,T,hs), k, v (B,nh,S,hs) -> as q."""
+    """Causal attention, softmax(q k^T / sqrt(hs)) v. The T queries are those of the last T among S tokens: of all, T = S, or of
+    the newest, T = 1, in generation. q (B,nh,T,hs), k, v (B,nh,S,hs) -> (B,nh,T,hs); nh heads of size hs."""
     (B, n_head, T, size), S = q.shape, k.shape[2]
-    if S > 128 or q.device.type != "cpu" or T == 1 and k.numel() > 2 ** 22:     # PyTorch's kernel; one token behind all sees all
+    few = S <= 128 and (T > 1 or k.numel() <= 2 ** 22)                           # for T = 1, keys and values of 16 MB each at most
+    if not few or q.device.type != "cpu":                                        # PyTorch's kernel; the newest token sees all others
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
-    # with few tokens on a CPU the formula itself is faster: a DPO step of 48 tokens by 7% with MKL, 60% with oneDNN; sampling by 10%
+    # with few tokens on a CPU the formula itself is faster: a DPO step of 48 tokens takes 7% less time with MKL's products and 60%
+    # less with oneDNN's (see `onednn_products`); sampling 10% less
     if T == 1:                                                                   # vectors: a product of matrices gains nothing
         weights = F.dropout(((q * k).sum(-1) * size ** -0.5).softmax(-1), dropout)              # (B, nh, S)
         return (weights[..., None] * v).sum(2, keepdim=True)
@@ -304,6 +307,11 @@ def attention(q, k, v, dropout: float = 0.0):
     future = q.new_full((T, T), -math.inf).triu(1)                               # what a token must not see; added to its scores
     weights = F.dropout(torch.baddbmm(future, q, k.mT, alpha=size ** -0.5).softmax(-1), dropout)
     return (weights @ v).view(B, n_head, T, size)
+
+
+def take(x, rows):
+    """x[rows], x (N,C). The gradient of F.embedding is faster than that of an index."""
+    return F.embedding(rows, x)
 
 
 class Block(nn.Module):
@@ -318,10 +326,10 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
 
     def forward(self, x, attend, rows=None):
-        """x (..., C) -> (..., C). All but attend(qkv (..., 3C)) -> (..., C) treats every position alone. rows: the answer for
-        these alone; the others serve as keys and values. A reward model needs one a text: its steps are 1.2 times as fast."""
+        """x (..., C) -> (..., C). All but attend(qkv (..., 3C), rows) treats every place alone. rows (M,), of x (N, C): return these
+        alone, (M, C); the others still serve as keys and values. A reward model reads one place a text: 1.2 times as fast a step."""
         y = self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x)), rows))
-        x = (x if rows is None else F.embedding(rows, x)) + F.dropout(y, self.dropout, self.training)
+        x = (x if rows is None else take(x, rows)) + F.dropout(y, self.dropout, self.training)
         y = self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
         return x + F.dropout(y, self.dropout, self.training)
 
@@ -353,7 +361,8 @@ class GPT(nn.Module):
         keep (B,T) bool: return the outputs of these positions only, (keep.sum(), V), row by row. Attention being causal, what
         stands behind a row's last kept position matters to none of them and is left out, pads first of all; and where rows begin
         alike, as the completions of one prompt do, the common beginning is computed once. See `distinct_prefixes`.
-        cache (n_layer, 2, T_max, B, n_head, head_size): keys and values so far, extended in place. See `generate`.
+        cache (n_layer, 2, T_max, B, n_head, head_size): keys and values so far, extended in place by those of all tokens; the newest
+        of all rows stand together, written in one go. See `generate`.
         embeddings (B,T,C), without keep: what the model reads instead of the tokens' own embeddings. See `ift_loss`.
         """
         B, T = tokens.shape
@@ -361,33 +370,33 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit in a block of {self.config.block_size}")
         assert cache is None or start == 0 or T == 1, "behind a filled cache, one token at a time"
         positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
-        flat, kept = keep is not None and cache is None, None                    # flat: (N, C) instead of (B, T, C)
+        kept, flat = None, keep is not None and cache is None                    # flat: x is (N, C), one row a state, not (B, T, C)
         if flat:
-            at, row = distinct_prefixes(tokens, keep)                            # (N,), (B*T,)
-            kept, copies = row[keep.flatten()].unique(return_inverse=True)       # (M,) of the N are kept, for keep.sum() outputs
-            at, kept = (F.pad(places, (0, -len(places) % 64)) for places in (at, kept))      # idle places: see `onednn_products`
+            at, state = distinct_prefixes(tokens, keep)                          # (N,) state -> place; (B*T,) place -> state
+            kept, copies = state[keep.flatten()].unique(return_inverse=True)     # (M,) states to return; (keep.sum(),) of them, which
+            at, kept = (F.pad(x, (0, -len(x) % 64)) for x in (at, kept))         # idle rows up to N, M = 0 mod 64: see `onednn_products`
             tokens, positions = tokens.flatten()[at], positions.flatten()[at]
         dropout = self.config.dropout if self.training else 0.0
-        layers = iter(range(self.config.n_layer))
+        layers = iter(range(self.config.n_layer))                                # attend is called once in each, in order
 
-        def attend(qkv, rows=None):                                              # (B, T, 3C) or (N, 3C) -> (B, T, C) or (N, C)
+        def attend(qkv, rows=None):                                              # (B, T, 3C) -> (B, T, C); flat (N, 3C) -> (N or M, C)
             if flat:                                                             # attention alone needs the rectangle back
-                qkv = F.embedding(row, qkv)
+                qkv = take(qkv, state)
             q, k, v = qkv.view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)       # (B, nh, T, hs) each
             if cache is not None:                                                # append, then attend to all so far
-                layer = cache[next(layers)]
+                layer = cache[next(layers)]                                      # (2, T_max, B, nh, hs)
                 layer[0, start:start + T], layer[1, start:start + T] = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
-                k, v = layer[:, :start + T].permute(0, 2, 3, 1, 4)
+                k, v = layer[:, :start + T].permute(0, 2, 3, 1, 4)               # (B, nh, start + T, hs) each
             y = attention(q, k, v, dropout).transpose(1, 2)
-            return F.embedding(at if rows is None else at[rows], y.reshape(B * T, -1)) if flat else y.reshape(B, T, -1)
+            return take(y.reshape(B * T, -1), at if rows is None else at[rows]) if flat else y.reshape(B, T, -1)
 
         embeddings = self.wte(tokens) if embeddings is None else embeddings
         x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
         for block in self.h[:-1]:
             x = block(x, attend)
-        x = self.ln_f(self.h[-1](x, attend, kept))                               # (M, C) if flat
+        x = self.ln_f(self.h[-1](x, attend, kept))                               # flat: (M, C), for no later layer asks for the others
         if keep is not None:
-            x = F.embedding(copies, x) if flat else x[keep]                      # F.embedding: rows by number, with a fast gradient
+            x = take(x, copies) if flat else x[keep]
         return F.linear(x, self.wte.weight) if self.score is None else self.score(x)
 
     def save_pretrained(self, directory, tensors=None):
@@ -434,21 +443,29 @@ class GPT(nn.Module):
 
 
 def distinct_prefixes(tokens, keep):
-    """The state at position t depends on tokens[:, :t+1] alone: rows that begin alike share it. Of the rows  P Q a,  P Q b
-    only P, PQ, PQa and PQb need computing: at = 0 1 2 5 (or 3 4 2 5), row = 0 1 2 0 1 3.   tokens, keep (B,T) ->
-    at (N,): for each distinct beginning that is needed, a place in B*T where it ends; row (B*T,): which of the N serves each
-    place (any of them where none is needed). Eight completions a prompt: 39% fewer positions; DPO steps are 1.3 times as fast."""
+    """tokens[:, :t+1] alone decides the state at place t, so rows that begin alike share states: each is to be computed once.
+
+    tokens, keep (B,T) -> at (N,): for each state, a place in B*T that has it; state (B*T,): for each place, the number of its
+    state. The rows  P Q a,  P Q b  have the states P, PQ, PQa and PQb: at = 0 1 2 5, state = 0 1 2 0 1 3, or in another order.
+    All places behind a row's last kept one, which nobody reads, count as one state more.
+    With eight completions a prompt there are 39% fewer states than places, and DPO steps are 1.3 times as fast.
+    """
     needed = keep.flip(1).cumsum(1).flip(1) > 0                                  # (B, T): kept, or left of a kept one
-    weights = torch.from_numpy(np.random.default_rng(0).integers(2 ** 63, size=tokens.shape[1])).to(tokens.device)
-    prefix = torch.where(needed, ((tokens + 1) * weights).cumsum(1), 0).flatten()   # a 64-bit fingerprint of tokens[:, :t+1]
-    ids, row = prefix.unique(return_inverse=True)
-    at = torch.empty_like(ids).scatter_(0, row, torch.arange(len(prefix), device=tokens.device))
-    return at, row
+    # tokens[:, :t+1] as one number: the sum of (token + 1) * (a random number of its column), modulo 2^64; two that differ agree
+    # with a chance of 2^-64. numpy draws the random numbers, for torch's generator belongs to the user
+    columns = torch.from_numpy(np.random.default_rng(0).integers(2 ** 63, size=tokens.shape[1])).to(tokens.device)
+    prefix = torch.where(needed, ((tokens + 1) * columns).cumsum(1), 0).flatten()
+    states, state = prefix.unique(return_inverse=True)
+    at = torch.empty_like(states).scatter_(0, state, torch.arange(len(prefix), device=tokens.device))    # of equal places, any
+    return at, state
 
 
 def is_conv1d(name: str) -> bool:
     """GPT-2 stores the weights of its linear layers transposed (its "Conv1D")."""
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+LEFTOVER = ".tmp??????"                 # what a kill leaves when it strikes while safetensors writes
 
 
 def replace_file(path: Path, write):
@@ -460,7 +477,7 @@ def replace_file(path: Path, write):
         draft.touch()
         mode = draft.stat().st_mode
         write(draft)
-        draft.chmod(mode)                                                        # safetensors replaces it by one that only its owner reads
+        draft.chmod(mode)                                                        # safetensors puts a file there that only its owner reads
         with open(draft, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -564,14 +581,15 @@ def predicting(mask):
 
 
 def token_logps(model, tokens, mask):
-    """log pi(token_t | tokens before t) where mask is 1, 0 elsewhere. tokens, mask (B,T) -> (B,T), float32, in nats.
+    """log pi(token_t | tokens before t) where predicted(mask), 0 elsewhere. tokens, mask (B,T) -> (B,T), float32, in nats.
 
     `model` is a GPT, or anything that maps tokens (B,T) to logits (B,T,V). A GPT computes logits only where a response token
     is predicted: with prompts of half the length that saves half of the head.
     """
     at = predicting(mask)
     logits = model(tokens, at) if isinstance(model, GPT) else model(tokens)[at]                 # (N, V), N = at.sum()
-    targets, many = tokens[predicted(mask)], 2 ** 25                                            # (N,); 128 MB in float32
+    targets = tokens[predicted(mask)]                                                           # (N,)
+    many = 2 ** 25                                                                              # logits: 128 MB in float32
 
     def chosen_logps(logits, targets):                                                          # never in half precision
         return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
@@ -590,31 +608,33 @@ def sequence_logps(model, tokens, mask):
 
 @functools.cache
 def onednn_rounds() -> bool:
-    """Whether oneDNN rounds the factors of a float32 product to bfloat16 when it may. It does on CPUs with AMX, a unit for that."""
+    """Whether oneDNN, where it may, rounds the factors of a float32 product to bfloat16. (It does on CPUs with AMX, a unit for
+    that.) A trial with numbers that bfloat16 cannot hold; to be asked only while it may, for the answer is kept."""
     x = torch.linspace(1, 2, 2 ** 16).view(256, 256)
     return not torch.equal(x @ torch.eye(256), x)
 
 
 @contextlib.contextmanager
 def onednn_products(model):
-    """In this context a CPU's float32 matrix products are computed by oneDNN instead of MKL, which leaves the AVX-512 units of AMD's
-    processors idle: there a product takes half the time, and a DPO step two thirds.
+    """Within, a CPU's float32 matrix products are computed by oneDNN, not by MKL, which leaves the AVX-512 units of AMD's processors
+    idle: there a product takes half the time, and a DPO step two thirds.
 
-    PyTorch (from 2.9 on) asks oneDNN only where it may round the factors of a product to bfloat16. So it may here, but only where
-    a trial shows that it does not. oneDNN makes a kernel for each new shape, in half a millisecond. Therefore small models are
-    left to MKL, and `GPT.forward` computes its places in multiples of 64: shapes recur, and DPO steps gain another 7%."""
+    PyTorch (from 2.9 on) uses oneDNN for float32 only where factors may be rounded to bfloat16. So we allow that, try whether this
+    CPU really rounds, and take it back if it does. oneDNN makes a kernel for each new shape, in half a millisecond: therefore
+    models below 2^19 parameters keep MKL, and `GPT.forward` fills up to a multiple of 64 rows, so that shapes recur (7% a step).
+    """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
-    before = getattr(settings, "fp32_precision", None)
-    large = sum(parameter.numel() for parameter in model.parameters()) > 2 ** 19
+    before = getattr(settings, "fp32_precision", None)                           # None: PyTorch before 2.9
+    if before is None or sum(parameter.numel() for parameter in model.parameters()) < 2 ** 19:
+        yield
+        return
     try:
-        if before is not None and large:
-            settings.fp32_precision = "bf16"
-            if onednn_rounds():
-                settings.fp32_precision = before
+        settings.fp32_precision = "bf16"
+        if onednn_rounds():
+            settings.fp32_precision = before
         yield
     finally:
-        if before is not None:
-            settings.fp32_precision = before
+        settings.fp32_precision = before
 
 
 def progress_bar(shown: bool, *arguments, **options):
@@ -624,22 +644,22 @@ def progress_bar(shown: bool, *arguments, **options):
 
 @torch.no_grad()
 def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512, rows=None) -> torch.Tensor:
-    """function(tokens, mask) -> (B,) of any number of completions, without gradient -> (n,) on the CPU. rows: of these alone, 0 for
-    the others. Like lengths go together."""
+    """function(tokens, mask) -> (B,) of n completions, batch by batch and without gradient -> (n,) float32 on the CPU. rows: of these
+    alone, 0 for the others. Sorted by length, for little padding."""
     model.eval()
     device, values = next(model.parameters()).device, torch.zeros(len(prompts))
     order = sorted(range(len(prompts)) if rows is None else rows, key=lambda i: len(prompts[i]) + len(completions[i]))
-    longest = max((len(completions[i]) for i in order), default=1)
+    longest = max([1, *(len(completions[i]) for i in order)])
     batch_size = max(1, min(batch_size, 2 ** 28 // (longest * model.config.vocab_size)))        # logits of 1 GB at most
     for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
+        batch = order[start:start + batch_size]
         with mixed_precision(device), onednn_products(model):
-            values[rows] = function(*pad([prompts[i] for i in rows], [completions[i] for i in rows], device)).float().cpu()
+            values[batch] = function(*pad([prompts[i] for i in batch], [completions[i] for i in batch], device)).float().cpu()
     return values
 
 
 def mixed_precision(device):
-    """On a GPU, matrix products in bfloat16; everything else, and every loss, in float32."""
+    """On a GPU, matrix products, and what only passes their results on, in bfloat16; weights, sums and every loss in float32."""
     return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
 
 
@@ -685,8 +705,9 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
 
 
 def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_at_eos):
-    """All rows stand left-aligned and advance together, one column a step. While a row's prompt lasts, its next token is given,
-    not sampled: so prompts of different lengths need neither left padding nor an attention mask."""
+    """All rows stand left-aligned and advance together: first the columns that all prompts fill, then one column a step. While a
+    row's prompt lasts, its next token is given, not sampled: so prompts of different lengths need neither left padding nor an
+    attention mask."""
     config, device, B = model.config, next(model.parameters()).device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     T = int(lengths.max()) + max_new_tokens
@@ -700,22 +721,23 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
     t = int(lengths.min())
     new = tokens[:, :t]                                                                         # columns not yet in the cache
     while True:
-        last = F.pad(torch.zeros_like(new[:, 1:], dtype=torch.bool), (0, 1), value=True)        # logits of the last column only
-        logits = model(new, last, cache, t - new.shape[1])                                      # (rows, V)
+        last = torch.zeros_like(new, dtype=torch.bool)
+        last[:, -1] = True
+        logits = model(new, keep=last, cache=cache, start=t - new.shape[1])                     # (rows, V)
         given = tokens[rows, t]
         token = torch.where(given >= 0, given, sample_from(logits.float(), temperature, top_k, top_p))
         tokens[rows, t] = token
         t += 1
-        if stop_at_eos:
+        if stop_at_eos:                                         # rows that have ended stay a while and sample on, unread
             ended = (given < 0) & (token == config.eos_token_id) & (ends[rows] > t)
             ends[rows[ended]] = t
         running = ends[rows] > t
         if not running.any():
             break
         if running.float().mean() < 0.75:                       # drop finished rows; not at each step, for it copies the cache
-            rows, token, used = rows[running], token[running], cache[:, :, :t, running]
+            rows, token, used = rows[running], token[running], cache[:, :, :t - 1, running]
             cache = cache.new_empty(*cache.shape[:3], len(rows), *cache.shape[4:])
-            cache[:, :, :t] = used
+            cache[:, :, :t - 1] = used
         new = token[:, None]
     tokens = tokens.cpu()
     return [tokens[i, start:end].tolist() for i, (start, end) in enumerate(zip(lengths.tolist(), ends.tolist()))]
@@ -723,7 +745,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
 
 def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
     """One token id for each row of logits (B,V) -> (B,)."""
-    if temperature < 1e-4:                                      # greedy; dividing by less would overflow
+    if temperature < 1e-4:                                      # greedy; 0 cannot divide
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -731,7 +753,7 @@ def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         probs, order = logits.softmax(-1).sort(-1, descending=True)
         outside = probs.cumsum(-1) - probs >= top_p             # the mass before this token is p already
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)             # back from sorted order
     # inverse transform sampling: the first token whose cumulative probability reaches a uniform number in (0, 1]; that is one
     # random number a row, where torch.multinomial draws one a token
     cumulative = logits.softmax(-1).cumsum(-1)
@@ -811,7 +833,7 @@ class Run:
                 leftover.unlink()
             save_tokenizer(self.tokenizer, self.out)
             if saved:
-                self.export(saved["model"])                                      # the kill may have come between the two files
+                self.export(saved["model"])                                      # a kill may have come between checkpoint and model
             else:
                 for name in ("checkpoint.pt", "model.safetensors"):              # of a run that is being overwritten
                     (self.out / name).unlink(missing_ok=True)
@@ -867,7 +889,8 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
         run: Run | None = None, memory=None):
     """Train `model` in place; return the history, a list with one dict of numbers a step.
 
-    batches(step) -> the step's micro-batches, a list of dicts with "count", the number of terms in the loss.
+    batches(step) -> the step's micro-batches, a list of dicts with "count", the number of terms in the loss, and perhaps "data",
+    the numbers of its data rows, to say where a NaN came from.
     loss(model, batch) -> the *sum* of the batch's losses, and a dict of sums to log. dropout: on in SFT alone.
     on_step(logs) sees each step's numbers and may add to them. A loss that is not finite ends the stage (FloatingPointError).
     run: where to log and to save, and to go on from. memory: what `batches` remembers between steps, saved with the rest.
@@ -876,11 +899,11 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
     saved = run.load()
     if saved:
         model.load_state_dict(saved["model"])
-    losses = spread(model, loss, run)                                            # first, for FSDP2 replaces the parameters
+    losses = spread(model, loss, run)                                            # before parameters are listed: FSDP2 replaces them
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, (0.9, 0.99), eps=training.eps, weight_decay=0.0, fused=True)
-    warmup = max(1, round(training.warmup * training.steps))                     # the smaller of a rising and a falling line
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+    warmup = max(1, round(training.warmup * training.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(    # the smaller of a rising and a falling line
         (step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0))
     first = run.start(saved, parameters, optimizer, schedule, memory)
     with onednn_products(model), stop_signals(run.out is not None) as told_to_stop, progress_bar(
@@ -921,11 +944,12 @@ def backward(losses, micro_batches: list, told_to_stop: list) -> dict:
     (rank, world), sums = process(), {}
     count = sum(batch["count"] for batch in micro_batches)
     for start in range(0, len(micro_batches), world):
-        mine = start + rank < len(micro_batches)                                 # none left for me: another's, weighed 0
-        batch, last = micro_batches[start + rank if mine else start], start + world >= len(micro_batches)
-        with losses.no_sync() if hasattr(losses, "no_sync") and not last else contextlib.nullcontext():
+        turn, last = micro_batches[start:start + world], start + world >= len(micro_batches)          # one for each process
+        mine = rank < len(turn)
+        batch = turn[rank] if mine else turn[0]                                  # none is left, but all must take part: weight 0
+        with losses.no_sync() if hasattr(losses, "no_sync") and not last else contextlib.nullcontext():       # DDP: exchange once
             total, more = losses(batch)
-            (total * (mine * world) / count).backward()                          # DDP and FSDP2 average over processes
+            (total * (mine * world) / count).backward()                          # times world, for DDP and FSDP2 take averages
         for name, value in {"loss": total, **more}.items():
             sums[name] = sums.get(name, 0.0) + mine * float(value.detach() if torch.is_tensor(value) else value) / count
     sums["stop"] = len(told_to_stop)
@@ -993,7 +1017,7 @@ def stop_signals(active: bool):
 
 def shuffled(n: int, training: Training, groups=None):
     """rows(step) -> the data rows of a step. Each epoch is a fresh permutation, a function of (seed, epoch) alone; rows of one
-    group (n,) stay together."""
+    group follow one another. groups (n,): each row's group, counted from 0; else every row is its own."""
     groups = np.arange(n) if groups is None else groups
 
     @functools.lru_cache(maxsize=2)
@@ -1008,7 +1032,7 @@ def shuffled(n: int, training: Training, groups=None):
 
 
 def micro_batches_of(rows, training: Training) -> list:
-    """A step's rows in parts of at most training.micro_batch, and in one part for each process at least, if they suffice."""
+    """A step's rows in parts of at most training.micro_batch, small enough for all processes (but the last ones may get none)."""
     size = max(1, min(training.micro_batch, -(-len(rows) // process()[1])))
     return [rows[start:start + size] for start in range(0, len(rows), size)]
 
@@ -2227,7 +2251,6 @@ def plot_training(histories: dict, path: Path, note=""):
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 LEARNING_RATES = {"sft": 3e-3, "dpo": 5e-4, "rm": 1e-3, "ppo": 5e-4}             # at width 128; times (128 / width)^2 above
 OURS = {"checkpoint.pt", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-LEFTOVER = ".tmp??????"                 # what a kill leaves when it strikes while safetensors writes
 
 
 def find_model(name: str) -> Path:

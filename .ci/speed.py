@@ -2,10 +2,11 @@
 
     python .ci/speed.py              peers side by side, then growth; a quarter of an hour, of which growth takes a minute or two
     python .ci/speed.py --only dpo   one table: dpo, generate, ppo or growth
+    python .ci/speed.py --mkl        ours without oneDNN's products, as on a machine where they are no faster
 
-Peers are left out where they are not installed; `pip install "trl==1.12.0" datasets` brings them all (the last TRL with PPO). The work is the
-same for all: a GPT-2 of 4 layers, 4 heads, width 128, vocabulary 512, random weights, float32, no dropout. Every measurement has
-a process of its own, and contestants take turns; a table holds medians of the rounds. Let nothing else run meanwhile.
+Peers are left out where they are not installed; `pip install "trl==1.12.0" datasets` brings them all (the last TRL with PPO). The
+work is the same for all: a GPT-2 of 4 layers, 4 heads, width 128, vocabulary 512, random weights, float32, no dropout. Every
+measurement has a process of its own, and contestants take turns; a table holds medians of the rounds. Let nothing else run.
 """
 import argparse
 import contextlib
@@ -59,6 +60,8 @@ def product_rate():
 def adapter():
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import bench_adapter
+    if os.environ.get("MKL_ONLY"):
+        bench_adapter.dpo.onednn_rounds = lambda: True
     return bench_adapter
 
 
@@ -281,7 +284,10 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--only", choices=(*TABLES, "growth"), help="one of the tables")
         parser.add_argument("--rounds", type=int, default=5)
+        parser.add_argument("--mkl", action="store_true", help="ours without oneDNN's products")
         options = parser.parse_args()
+        if options.mkl:
+            os.environ["MKL_ONLY"] = "1"
         for name in TABLES:
             if options.only in (None, name):
                 table(name, options.rounds)
