@@ -295,11 +295,11 @@ def attention(q, k, v, dropout: float = 0.0):
     """Causal attention, softmax(q k^T / sqrt(hs)) v. The T queries are those of the last T among S tokens: of all, T = S, or of
     the newest, T = 1, in generation. q (B,nh,T,hs), k, v (B,nh,S,hs) -> (B,nh,T,hs); nh heads of size hs."""
     (B, n_head, T, size), S = q.shape, k.shape[2]
-    few = S <= 128 and (T > 1 or k.numel() <= 2 ** 22)                           # for T = 1, keys and values of 16 MB each at most
+    few = S <= 256 and (T > 1 or k.numel() <= 2 ** 22)                           # for T = 1, keys and values of 16 MB each at most
     if not few or q.device.type != "cpu":                                        # PyTorch's kernel; the newest token sees all others
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
-    # with few tokens on a CPU the formula itself is faster: a DPO step of 48 tokens takes 7% less time with MKL's products and 60%
-    # less with oneDNN's (see `onednn_products`); sampling 10% less
+    # with few tokens on a CPU the formula itself is faster: a DPO step of 48 tokens takes 7% less time with MKL's products, 60% less
+    # with oneDNN's (see `onednn_products`); one of 200 tokens, in GPT-2's size, 0% and 25%; sampling 10%
     if T == 1:                                                                   # vectors: a product of matrices gains nothing
         weights = F.dropout(((q * k).sum(-1) * size ** -0.5).softmax(-1), dropout)              # (B, nh, S)
         return (weights[..., None] * v).sum(2, keepdim=True)
