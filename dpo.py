@@ -1077,8 +1077,9 @@ def bradley_terry_label(rewards_a, rewards_b, rng: np.random.Generator) -> np.nd
 
 
 def sample_preferences(model, tokenizer, prompts: list[str], reward, max_new_tokens: int, per_prompt: int = 4, seed: int = 0):
-    """Preference pairs as the paper makes them: `per_prompt` completions of each prompt from `model` (the SFT policy), 4 in the
-    paper, and a Bradley-Terry label by reward(prompt, completion) for each of their per_prompt (per_prompt - 1) / 2 pairs.
+    """Preference pairs: `per_prompt` completions of each prompt from `model` (the SFT policy), 4 as in the paper, and a label for
+    each of their per_prompt (per_prompt - 1) / 2 pairs: drawn from Bradley-Terry, where in the paper's experiment on film reviews
+    the greater reward(prompt, completion) always wins.
     Returns the list of Preference, and the pairs' Bayes-optimal accuracy: mean s(|r_w - r_l|), what the true reward scores."""
     rng = np.random.default_rng(seed)
     first, second = np.triu_indices(per_prompt, 1)
@@ -1114,6 +1115,10 @@ def read_preferences(path):
         fields = {}
         for name in ("prompt", "chosen", "rejected"):
             fields[name] = text_field(record, name, f"{path}:{number}")
+        conversations, turns = [isinstance(record[name], list) for name in fields], record["prompt"]
+        if any(conversations) and not (all(conversations) and record["chosen"][:len(turns)] != turns != record["rejected"][:len(turns)]):
+            raise ValueError(f"{path}:{number}: prompt, chosen and rejected must be all texts or all lists of messages, and chosen and "
+                             "rejected must hold only what follows the prompt")
         if isinstance(record["prompt"], list):                                   # the answer follows the prompt's turns
             fields["chosen"], fields["rejected"] = "\n\n" + fields["chosen"], "\n\n" + fields["rejected"]
         yield Preference(**fields, line=number)
@@ -1201,7 +1206,7 @@ class Pairs:
         return len(self.chosen)
 
     def subset(self, which):
-        """The pairs `which`: a mask (N,) or a slice."""
+        """The pairs `which`: a mask (N,), a slice or numbers."""
         of = lambda values: None if values is None else values[which]
         return replace(self, **{name: of(getattr(self, name)) for name in ("chosen", "rejected", "prompt_index", "lines", "held_out")})
 
@@ -1280,7 +1285,7 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #     and the objective equals  -beta KL(pi || pi*) + beta log Z(x).  Z does not depend on pi, and a KL is smallest, zero,
 #     where its arguments agree. So pi* is the optimum and beta log Z(x) its value.           [test_closed_form_optimum]
 #     Why not stop here? Z sums over every completion there is. Weighting many reference samples measures pi* (section 11),
-#     but that is no policy one can run.
+#     but costs many samples, and their rewards, for every answer.
 #
 # (3) Read (2) backwards [Eq 5]: a policy *is* a reward, up to a term that only the prompt knows.
 #         r(x,y) = beta log( pi*(y|x) / pi_ref(y|x) ) + beta log Z(x)                                [test_reward_inverts]
@@ -1294,7 +1299,7 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   h = d_w - d_l:
 #         L_DPO = -E[ log s( beta h ) ]                                        [test_loss_is_the_bradley_terry_likelihood]
 #     Why may pi stand for pi*? By (3) every policy is the optimum for the reward beta log(pi/pi_ref), so fitting pi fits a
-#     reward [Theorem 1]; with labels without end the minimum has h = (r_w - r_l)/beta, and that is the pi* of (2).
+#     reward [Theorem 1]; with infinitely many labels the minimum has h = (r_w - r_l)/beta, and that is the pi* of (2).
 #     At the start pi = pi_ref, so h = 0 and the loss is log 2 = 0.6931 whatever the data.   [test_loss_starts_at_log_2]
 #
 # The gradient, by hand. Let z = beta h. Since d/dz log s(z) = 1 - s(z) = s(-z), and dz = beta dh, the chain rule gives
@@ -1304,8 +1309,8 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #                        how wrong the      make the chosen         make the rejected
 #                        ranking still is   likelier                unlikelier           [test_loss_gradient_by_hand]
 #
-#     The reference has no gradient: it enters through the weight alone. The weight is near 1 on a pair ranked wrongly,
-#     1/2 at the start, near 0 once the margin r^_w - r^_l is well above 1: a pair that is learnt lets go.
+#     The reference has no gradient: it enters through the weight alone. The weight is 1/2 at the start, near 1 on a pair
+#     ranked wrongly by far, near 0 once the margin r^_w - r^_l is well above 1: a pair that is learnt lets go.
 #                                                                                           [test_loss_gradient_weight]
 #     Without it, -log pi(y_w) + alpha log pi(y_l) (unlikelihood) pushes log pi(y_l) down for ever, far past any margin the
 #     labels ask for, and since all completions share one network, grammar goes with it: the "Unlikelihood" row of the table.
@@ -1381,7 +1386,7 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
 # 9. The family of losses
 # ======================================================================================================================
 # Each takes the four (B,) vectors of summed log-probs and returns (B,). In the comments: d_w, d_l, h as in section 8,
-# e = label_smoothing, |y| the number of tokens. What beta means differs, so it is said at each loss.
+# eps = label_smoothing, |y| the number of tokens. Where beta is not DPO's, it is said.
 
 
 def _dpo(pc, pr, rc, rr, *, beta, **_):
@@ -1390,18 +1395,18 @@ def _dpo(pc, pr, rc, rr, *, beta, **_):
 
 
 def _cdpo(pc, pr, rc, rr, *, beta, label_smoothing=0.1, **_):
-    # -(1-e) log s(beta h) - e log s(-beta h)                 least where s(beta h) = 1-e   [E. Mitchell, note on cDPO, 2023]
+    # -(1-eps) log s(beta h) - eps log s(-beta h)         least where s(beta h) = 1-eps     [E. Mitchell, note on cDPO, 2023]
     return dpo_loss(pc, pr, rc, rr, beta, label_smoothing)[0]
 
 
 def _robust(pc, pr, rc, rr, *, beta, label_smoothing=0.1, **_):
-    # [-(1-e) log s(beta h) + e log s(-beta h)] / (1-2e)      unbiased if a share e < 1/2 of the labels is flipped;
-    h = (pc - rc) - (pr - rr)                               # unbounded below                             [2403.00409]
+    # [-(1-eps) log s(beta h) + eps log s(-beta h)] / (1-2 eps)   unbiased if a share eps < 1/2 of the labels is flipped;
+    h = (pc - rc) - (pr - rr)                                   # unbounded below                         [2403.00409]
     return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
 
 
 def _ipo(pc, pr, rc, rr, *, beta, **_):
-    # (h - 1/(2 tau))^2                                       beta is tau; sums, as in the paper      [2310.12036 Eq 17]
+    # (h - 1/(2 tau))^2                                       beta is tau; h of sums over tokens, as in the paper  [2310.12036 Eq 17]
     return ((pc - rc) - (pr - rr) - 1 / (2 * beta)).square()
 
 
@@ -1411,9 +1416,9 @@ def _hinge(pc, pr, rc, rr, *, beta, **_):
 
 
 def _exo(pc, pr, rc, rr, *, beta, label_smoothing=1e-3, **_):
-    # KL( (q, 1-q) || (1-e, e) ),  q = s(beta h)              the reverse KL: seeks modes; needs e > 0  [2402.00856 Eq 16]
-    z, e = beta * ((pc - rc) - (pr - rr)), label_smoothing
-    return z.sigmoid() * (F.logsigmoid(z) - math.log(1 - e)) + (-z).sigmoid() * (F.logsigmoid(-z) - math.log(e))
+    # KL( (q, 1-q) || (1-eps, eps) ),  q = s(beta h)          the reverse KL: seeks modes; needs eps > 0  [2402.00856 Eq 16]
+    z, eps = beta * ((pc - rc) - (pr - rr)), label_smoothing
+    return z.sigmoid() * (F.logsigmoid(z) - math.log(1 - eps)) + (-z).sigmoid() * (F.logsigmoid(-z) - math.log(eps))
 
 
 def _chipo(pc, pr, rc, rr, *, beta, r_max=10.0, **_):
@@ -1463,7 +1468,8 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
     """Intuitive fine-tuning: SFT that lets the model read its own guesses and answer for what follows from them.
 
     tokens, mask (B,T) -> the mean over the batch. It needs no pairs and no reference. lam = gamma = 0 is SFT, per-token mean.
-    Source: arXiv 2405.11870; its equations and its released code disagree, this is the code's meaning:
+    Source: arXiv 2405.11870; its equations and its released code disagree, this is the code's meaning, but that the code reads
+    embeddings frozen at the start, and gamma = 0 is a case of its own, not the limit of 4 and 5:
     """
     response, at, embeddings = mask.bool(), predicting(mask), None
     if lam:
@@ -1569,7 +1575,7 @@ class PPO:
     missing_eos: float = -1.0           # the most that a completion which did not end can score
     stop_at_eos: bool = True            # False: every completion has max_new_tokens tokens
     target_kl: float | None = None      # None: beta stays fixed; a number of nats: beta adapts until the KL is this
-    kl_horizon: int = 10_000            # how fast it adapts, in completions
+    kl_horizon: int = 10_000            # completions in which beta changes by a fifth at most
     group: int = 0                      # GRPO: completions per prompt of a rollout, judged against one another; no critic
 
     def __post_init__(self):
@@ -1596,7 +1602,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def group_advantages(rewards, mask, group: int):
     """GRPO: how much better a completion did than the others of its prompt, in their standard deviations; each of its tokens
     gets that number. rewards, mask (B,T), rows of one prompt together -> (B,T). Source: arXiv 2402.03300, but the KL stays in
-    the reward, as in PPO, so that beta keeps its meaning."""
+    the reward, as in PPO, so that beta keeps its meaning, and in the loss all tokens weigh the same, not all completions."""
     total = (rewards * mask).sum(1).view(-1, group)
     return ((total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)).view(-1, 1) * mask
 
@@ -1622,15 +1628,15 @@ def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, 
 
 
 def adapt_beta(beta, kl, target, n, horizon):
-    """Ziegler et al.'s controller: raise beta where the KL is above target, lower it below, by 20% of n/horizon at most."""
+    """Ziegler et al.'s controller, after n completions: beta (1 + clip(kl/target - 1, +-0.2) n/horizon)."""
     return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
 
 
 def kl_estimates(policy_logps, reference_logps):
     """Two estimates per sample y ~ pi of KL(pi || pi_ref), from lr = log pi(y) - log pi_ref(y): both are unbiased.
 
-    k1 = lr has the larger variance and may be negative; k3 = e^-lr - 1 + lr never is. Beware: with the sign of lr
-    reversed, k3's mean is another divergence. Source: J. Schulman, "Approximating KL divergence", 2020.
+    k1 = lr may be negative; k3 = e^-lr - 1 + lr never is. Near the reference k3 varies less, far from it much more. Beware: with
+    the sign of lr reversed, k3's mean is another divergence. Source: J. Schulman, "Approximating KL divergence", 2020.
     """
     lr = policy_logps - reference_logps
     return lr, torch.expm1(-lr) + lr
@@ -1647,14 +1653,19 @@ def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: floa
     ended = torch.tensor([c[-1] == policy.config.eos_token_id or not ppo.stop_at_eos for c in completions], device=device)
     scores = torch.where(ended, scores, scores.clamp(max=ppo.missing_eos))
     tokens, mask = pad(prompts, completions, device)
-    logps, ref = token_logps(policy, tokens, mask), token_logps(reference, tokens, mask)
+    rows = max(1, 2 ** 28 // (tokens.shape[1] * policy.config.vocab_size))                                         # logits of 1 GB at most
+
+    def of_all(function, model):
+        with mixed_precision(device):                                            # as in training, so that the first ratio is 1
+            return torch.cat([function(model, *part) for part in zip(tokens.split(rows), mask.split(rows))])
+    logps, ref = of_all(token_logps, policy), of_all(token_logps, reference)
     rewards = -beta * (logps - ref)                                                                               # 3
     rewards[last_response_token(mask)] += scores
     if ppo.group:
         values = returns = torch.zeros_like(rewards)
         advantages = group_advantages(rewards, mask, ppo.group)                                                   # 4, GRPO
     else:
-        values = token_values(critic, tokens, mask)
+        values = of_all(token_values, critic)
         advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)                                      # 4
         advantages = whiten(advantages, mask)
     statistics = {"reward": scores.mean().item(), "kl": (logps - ref).sum(1).mean().item(), "beta": beta,
@@ -1710,7 +1721,7 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
         total = (policy_loss + ppo.value_weight * value_loss).sum()
         moved = ((ratio - 1).abs() * batch["mask"]).sum()
         return total, {"policy_loss": policy_loss.sum(), "value_loss": value_loss.sum(), "ratio_moved": moved,
-                       **{name: value * batch["count"] for name, value in state["statistics"].items()}}
+                       **{name: value * batch["count"] for name, value in state["statistics"].items()}}          # means already
     models = nn.ModuleDict({"policy": policy, **({"critic": critic} if critic else {})})
     return fit(stage, models, batches, loss, training, memory=state, **options)
 
@@ -1887,7 +1898,8 @@ class World:
 
 
 def make_world(scale: Scale, seed: int) -> World:
-    """Corpus, tokenizer, SFT, preferences, and the analytic limit on held-out prompts."""
+    """Corpus, tokenizer, SFT, preferences, and the analytic limit on held-out prompts. The corpus is of films and some meals, all
+    else of films: so notebook 4 can ask what preferences of films are worth on meals."""
     torch.manual_seed(seed)
     rng, started, seconds = random.Random(seed), time.time(), {}
 
@@ -1955,7 +1967,7 @@ def reward_model_accuracy(reward_model, world: World, n: int = 2048):
     """Accuracy on fresh pairs of held-out prompts -> (reward model's, Bayes-optimal).
 
     No labels are drawn: a pair ranked like the gold reward is right with probability s(|r_w - r_l|), the Bayes-optimal
-    accuracy, else with its complement; a pair of equal rewards is right half of the time.
+    accuracy, else with its complement; a tie is right half of the time.
     """
     torch.manual_seed(world.seed)
     prompts = sample_prompts(world.seed + 3000, n // 4, held_out=True)
@@ -1964,7 +1976,7 @@ def reward_model_accuracy(reward_model, world: World, n: int = 2048):
     gold = np.diff(judge(world.tokenizer, prompts, completions)["reward"].reshape(-1, 2))
     score = np.diff(score_completions(reward_model, ids, completions).numpy().reshape(-1, 2))
     bayes = logistic(np.abs(gold))
-    return float(np.where(np.sign(gold) == np.sign(score), bayes, 1 - bayes).mean()), float(bayes.mean())
+    return float((0.5 + (bayes - 0.5) * np.sign(gold * score)).mean()), float(bayes.mean())
 
 
 def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settings) -> GPT:
@@ -2078,26 +2090,25 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
               "dpo_first_loss_minus_log_2": world.histories["DPO"][0]["loss"] - math.log(2),
               "ppo_first_ratio_minus_1": world.histories["PPO-GT"][0]["ratio_moved"]}
     limit = limit_points(world.frontier)
-    figure, axes = new_figure(1, 1, (7, 4.6), note)
-    draw_frontier(axes[0, 0], limit, methods)
-    figure.savefig(out / "frontier.png")
-    plot_training(world.histories, out / "training.png", note)
+    parameters = sum(parameter.numel() for parameter in world.reference.parameters())
+    write_json(out / "summary.json", {
+        "methods": methods, "frontier": limit, "checks": checks, "world_seconds": world.seconds, "seconds": time.time() - started,
+        "config": {**asdict(scale), "beta": BETA, "seed": seed, "note": note, "parameters": parameters}})
     texts["SFT"] = examples(world.reference, world)
     for i, (prompt, _) in enumerate(world.held_out[:len(texts["SFT"])]):
         print(f"\n{prompt} ...", *(f"  {name:7s}{texts[name][i]}" for name in ("SFT", "PPO-RM", "DPO")), sep="\n")
     print_table(methods)
-    seconds = time.time() - started
-    parameters = sum(parameter.numel() for parameter in world.reference.parameters())
-    write_json(out / "summary.json", {
-        "methods": methods, "frontier": limit, "checks": checks, "world_seconds": world.seconds, "seconds": seconds,
-        "config": {**asdict(scale), "beta": BETA, "seed": seed, "note": note, "parameters": parameters}})
+    figure, axes = new_figure(1, 1, (7, 4.6), note)
+    draw_frontier(axes[0, 0], limit, methods)
+    figure.savefig(out / "frontier.png")
+    plot_training(world.histories, out / "training.png", note)
     print(f"""
 Theory puts DPO and RLHF at KL {kl:.2f}, reward {reward:.2f} for beta {BETA:g}.
 The limit itself is good to {checks["frontier_error_at_3_nats"]:.1%} at 3 nats.
 Reward model: {checks["reward_model_accuracy"]:.1%} of held-out pairs right; the true reward gets {checks["bayes_accuracy"]:.1%}.
 DPO's first loss - log 2: {checks["dpo_first_loss_minus_log_2"]:.0e}.
 PPO's first |ratio - 1|: {checks["ppo_first_ratio_minus_1"]:.0e}.
-Figures and numbers: {out}/frontier.png, training.png, summary.json. {seconds:.0f} s. {note}""")
+Figures and numbers: {out}/frontier.png, training.png, summary.json. {time.time() - started:.0f} s. {note}""")
 
 
 def sweep(seeds, out: Path, scale: Scale):
@@ -2110,7 +2121,8 @@ def sweep(seeds, out: Path, scale: Scale):
         accuracies.append((world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"]))
         frontiers.append(world.frontier)
         jobs = [(f"DPO beta={beta:g}", run_preferences, {"beta": beta, "steps": 2 * scale.dpo_steps}) for beta in (4, 3, 2, 1.5, 1.2)]
-        jobs += [(f"DPO beta={BETA:g} pairs={n}", run_preferences, {"n_pairs": n}) for n in (1024, 8192, 32768, len(world.pairs))]
+        few = [n for n in (1024, 8192, 32768) if n < len(world.pairs)]
+        jobs += [(f"DPO beta={BETA:g} pairs={n}", run_preferences, {"n_pairs": n}) for n in (*few, len(world.pairs))]
         jobs += [(f"PPO-GT beta={beta:g}", run_ppo, {"beta": beta}) for beta in (4, 2, 1.2)]
         jobs += [(f"PPO-RM beta={beta:g}", run_ppo, {"beta": beta, "reward_model": reward_model}) for beta in (4, 2, 1.2)]
         rows = measure_all(world, jobs)[0] | {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
@@ -2318,8 +2330,9 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
         raise ValueError(f"--batch-size {options.batch_size} is far more than the {len(lines)} rows there are")
     steps = options.steps or math.ceil(options.epochs * len(lines) / options.batch_size)
     rate = options.learning_rate or LEARNING_RATES[options.stage] * min(1, (128 / model.config.n_embd) ** 2)
-    free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile", "data", "init", "reference", "reward")   # may differ, but
-    settings = {name: str(value) for name, value in vars(options).items() if name not in free}                    # not what they hold
+    # these may change before a run is resumed, but not what the files hold
+    free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile", "micro_batch", "data", "init", "reference", "reward")
+    settings = {name: str(value) for name, value in vars(options).items() if name not in free}
     settings["checksum of the data"] = checksum(options.data)
     for name in ("init", "reference", "reward"):
         if getattr(options, name, None):
@@ -2355,7 +2368,9 @@ def stage_sft(options, device) -> dict:
     for line, text in read_texts(options.data, "text"):
         ids = [*encode(tokenizer, text), tokenizer.eot_token]
         pieces = [ids[start:start + size] for start in range(0, len(ids), size)]
-        pieces = [piece for piece in pieces if len(piece) > 1] or pieces         # a first token alone has nothing to predict it
+        if len(pieces) > 1 and len(pieces[-1]) == 1 and size > 2:                # a token alone has nothing to predict it
+            pieces[-2:] = pieces[-2][:-1], pieces[-2][-1:] + pieces[-1]
+        pieces = [piece for piece in pieces if len(piece) > 1]
         n, cut = n + 1, cut + (len(pieces) > 1)
         seen.add(hashlib.blake2b(text.encode(), digest_size=8).digest())
         for piece in pieces:
@@ -2410,7 +2425,8 @@ def stage_rm(options, device) -> dict:
 
 
 def compare(model, reference, pairs: Pairs, beta: float) -> dict:
-    """Accuracy and margin, with standard errors, of the rewards that a policy implies or that a reward model gives."""
+    """Accuracy and margin, with standard errors, of the rewards that a reward model gives, or that a policy implies: for every --loss
+    these are beta log(pi/pi_ref), and "loss" is DPO's of them."""
     more = {}
     if model.score is not None:
         rewards = score_completions(model, pairs.prompts, pairs.completions, rows=pairs.rows())            # (R,)
@@ -2495,8 +2511,8 @@ STAGES = {                              # name: (function, one line, its options
 OPTIONS = {                             # name: (default, help). A type: no default. False: a switch. Some must be given, see MUST
     "data": (Path, "JSONL: {prompt, chosen, rejected}, {text} for sft, {prompt} for ppo"),
     "out": (Path, "directory for the model, its checkpoint and metrics.jsonl"),
-    "init": (str, "the model to start from: a directory, or gpt2, gpt2-medium, gpt2-large"),
-    "init?": (str, "start from this directory, gpt2, gpt2-medium or gpt2-large; else from scratch"),
+    "init": (str, f"the model to start from: a directory, or {', '.join(SIZES)}"),
+    "init?": (str, f"start from this directory, or {', '.join(SIZES)}; else from scratch"),
     "init+": ([], "a model; again for each further one"),
     "reference": (str, "the reference policy; else --init, the first one"),
     "reward": (str, "the reward model's directory"),
@@ -2526,7 +2542,7 @@ OPTIONS = {                             # name: (default, help). A type: no defa
     "temperature": (1.0, "0 is greedy"), "top-k": (0, "only the k likeliest tokens; 0 is all"),
     "top-p": (1.0, "only the likeliest tokens that hold this share"),
     "seed": (0, "one seed gives the same numbers again on the same machine"),
-    "beta": (0.1, "weight of the KL, in reward units per nat")}
+    "beta": (0.1, "weight of the KL, in reward units per nat; section 9 says what it is in other losses")}
 MUST = "data", "out", "init", "init+", "reward", "prompt"                        # must be given
 ZERO = "seed", "top-k", "temperature", "dropout"                                 # may be 0
 
@@ -2563,8 +2579,9 @@ def run_stage(options):
         names = {path.name.removesuffix(".part") for path in out.iterdir() if not path.match(LEFTOVER)} if out.is_dir() else set()
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out}: --out is a directory's name, and this is a file")
-        if names and not options.overwrite and not (options.resume and names <= OURS):
-            raise ValueError(f"{out}: " + ("holds a run already: --resume goes on with it, --overwrite begins anew" if names <= OURS else
+        ours = names <= OURS or "checkpoint.pt" in names                         # others may have put files beside ours
+        if names and not options.overwrite and not (options.resume and ours):
+            raise ValueError(f"{out}: " + ("holds a run already: --resume goes on with it, --overwrite begins anew" if ours else
                                            "not empty, and not a run of this program: --overwrite writes into it all the same"))
         above = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -2594,8 +2611,8 @@ def main(arguments=None) -> int:
         for option in (names + " seed beta").split():
             add_option(stage, option)
     options = parser.parse_args(arguments)
-    if options.stage and (options.fast or options.sweep):
-        parser.error(f"--fast and --sweep belong to the demonstration, not to {options.stage}")
+    if options.stage and (sys.argv[1:] if arguments is None else arguments)[0] != options.stage:
+        parser.error(f"options before {options.stage} belong to the demonstration; those of the stage stand behind its name")
     code, scale, note = 0, *((FAST, "fast run, less precise") if options.fast else (Scale(), ""))
     try:
         if not options.stage:
@@ -2603,7 +2620,7 @@ def main(arguments=None) -> int:
         if options.stage:
             run_stage(options)
         elif options.sweep:
-            finer = replace(scale, limit_samples=2 * scale.limit_samples, reward_model_steps=2048)
+            finer = replace(scale, limit_samples=2 * scale.limit_samples, reward_model_steps=4 * scale.reward_model_steps // 3)
             sweep(range(options.seed, options.seed + 3), options.out, finer)
         else:
             demonstrate(scale, options.seed, options.out, note)

@@ -43,7 +43,7 @@ MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))                                   # (
 class FrozenLake:
     """A gridworld of ice: S start, F frozen, H hole, G goal. Entering G pays 1; G and H end the episode.
 
-    map_name: "4x4", "8x8", or rows of text (a list, or one string with newlines). slip: the chance of not going where one
+    map_name: "4x4", "8x8", or rows of text (a list, or one string with "/" or newlines). slip: the chance of not going where one
     meant to; each perpendicular direction gets slip/2 (gymnasium's slippery lake is slip = 2/3). horizon: steps in an
     episode; by default the fewest that reach the goal.
     P (S,A,S): transition probabilities; terminal (S,) bool; reward (S,): paid on *entering* a cell; start: a cell's index.
@@ -83,7 +83,7 @@ class FrozenLake:
 
 def check_map(map_name):
     """The rows of a map, or ValueError saying what is wrong with it."""
-    rows = (MAPS.get(map_name) or map_name.split()) if isinstance(map_name, str) else map_name
+    rows = (MAPS.get(map_name) or map_name.replace("/", " ").split()) if isinstance(map_name, str) else map_name
     if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, str) and row for row in rows):
         raise ValueError(f'a map is "4x4", "8x8" or rows of text, not {map_name!r}')
     letters = "".join(rows)
@@ -261,10 +261,11 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
 # Pairs are drawn from the reference, both from the start, and labelled by Bradley-Terry: P(tau_1 > tau_2) = s(R_1 - R_2).
 # The infinite-data loss is the expectation over pairs and labels; on deterministic ice its minimum is exact, on any map:
 #
-# A loss that is convex in the log-ratios d falls when d is replaced by its mean over the trajectories of equal return (Jensen),
-# and the total mass stays <= 1. So the best law is pi_ref(tau) exp(u(R)): one number for failure, one for success. (EXO and
-# chi-squared PO are not convex, but under such a law every pair is at its own minimum.) sum_tau pi = 1 fixes one of the two, and
-# bisection finds the other to the last digit. That law is a policy: `tilt` computes it backwards.
+# A loss that is convex in the log-ratios d falls when d is replaced by its mean over the trajectories of equal return (Jensen).
+# The total mass stays <= 1, and what is missing can go to all alike, which no loss here minds. So the best law is
+# pi_ref(tau) exp(u(R)): one number for failure, one for success. (EXO and chi-squared PO are not convex, but under such a law
+# every pair is at its own minimum.) sum_tau pi = 1 fixes one of the two, and bisection finds the other to the last digit. That
+# law is a policy: `tilt` computes it backwards.
 #                                                            [test_gridworld_return_law_is_the_minimiser_over_policies]
 
 RETURNS = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -275,10 +276,13 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     """The exact minimiser (H,S,A) of the infinite-data loss of dpo.LOSSES[loss]; cells the reference never reaches keep it.
 
     Not for orpo and simpo; on slippery ice dpo, cdpo, robust, ipo and sft only, and the loss is not convex in the policy: this is
-    the minimum that descent from the reference reaches.          [test_gridworld_slippery_loss_has_other_minima]
-    flip: the chance that a label is turned round. ValueError where there is no minimiser, and for bad arguments.
+    the minimum that descent from the reference reaches.          [test_gridworld_slippery_objective_has_other_minima]
+    flip: the chance that a label is turned round. ValueError for bad arguments and, on deterministic ice, where there is no
+    minimiser.
     """
     reference = check(lake, reference, beta)
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip is a probability in [0, 1], not {flip!r}")
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
     if loss in ("orpo", "simpo"):
@@ -286,7 +290,7 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     if lake.deterministic:
         policy = minimise_over_returns(lake, reference, pair_objective(lake, reference, beta, loss, flip, **hyper))
     elif loss == "sft":
-        policy = tilt(lake, reference, chosen_weights(lake, reference))
+        policy = tilt(lake, reference, chosen_weights(lake, reference, flip))
     else:
         policy = minimise_over_policies(lake, reference, beta, loss, flip=flip, **hyper)
     return np.where((visits(lake, reference) > 0)[:, :, None], policy, reference)
@@ -308,9 +312,10 @@ def tilt(lake, base, log_weights):
     return policy
 
 
-def chosen_weights(lake, reference):
-    """log of how much likelier than under the reference the winner of a pair has return 0, and 1: 2 E s(R - R')  (2,)."""
-    return np.log(2 * torch.sigmoid(RETURNS[:, None] - RETURNS).numpy() @ return_masses(lake, reference))
+def chosen_weights(lake, reference, flip=0.0):
+    """log(law of the winner's return / law of the return under pi_ref), for the returns 0 and 1: log 2 E s(R - R')  (2,)."""
+    wins = torch.sigmoid(RETURNS[:, None] - RETURNS).numpy()                                # (winner, loser)
+    return np.log(2 * ((1 - flip) * wins + flip * wins.T) @ return_masses(lake, reference))
 
 
 def pair_objective(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
@@ -355,11 +360,13 @@ def minimise_over_returns(lake, base, objective):
 
 
 # === 6. DPO on n pairs ================================================================================================
-# With finite data nothing is solved in closed form: the loss is summed over the pairs and minimised over the policy's logits.
+# With finite data the law of the return is not enough: the loss is averaged over the pairs and minimised over the policy's logits.
 # The error falls as n^-1/2, like that of any maximum-likelihood estimate.
 
 def minimise(objective, x, steps=300, tolerance=1e-9):
-    """L-BFGS with a line search while the values of the objective tell steps apart; then by its gradient alone, to the end."""
+    """L-BFGS, three times from the point of least max|gradient| so far: twice with a line search (the second time its history is
+    empty, which frees it where it is stuck), then without one, for near the minimum values differ by less than rounding and only
+    gradients still tell points apart. At most `steps` iterations each."""
     best, least = x, math.inf
     for search in ("strong_wolfe", "strong_wolfe", None):
         x = best.clone().requires_grad_()
@@ -370,7 +377,7 @@ def minimise(objective, x, steps=300, tolerance=1e-9):
             nonlocal best, least
             try:
                 value = objective(x)
-            except OverflowError:                                           # a step far too long: the line search comes back
+            except OverflowError:                                           # a step far too long: a high value and no slope
                 x.grad = torch.zeros_like(x)
                 return torch.tensor(1e10, dtype=x.dtype)
             x.grad, = torch.autograd.grad(value, x)
@@ -378,6 +385,8 @@ def minimise(objective, x, steps=300, tolerance=1e-9):
                 best, least = x.detach().clone(), x.grad.abs().max()
             return value
         optimiser.step(closure)
+    if least == math.inf:
+        raise OverflowError("the objective has no value at the start")
     return best
 
 
@@ -424,8 +433,8 @@ def convergence(sizes=(1000, 3162, 10_000, 31_623, 100_000), seeds=8, beta=0.5, 
 
 
 # === 7. Slippery ice ==================================================================================================
-# Now the return of a trajectory also holds luck, sum V(s') - E V(s'), and DPO credits the policy with it: it misses pi*, even
-# with infinite data (2409.02392, Prop 1). Labels from the regret, which leaves luck out, repair it.
+# Now the return of a trajectory also holds luck, the sum of r(s') + V(s') - E[r(s') + V(s')], and DPO credits the policy with it:
+# it misses pi*, even with infinite data (2409.02392, Prop 1). Labels from the regret, which leaves luck out, repair it.
 #
 # To show this exactly we need E f(d_1 - d_2) over all pairs. Enumerating them is hopeless (4x4, 6 steps: 900,000 trajectories),
 # but with a cosine series of f, which is even,
@@ -447,9 +456,9 @@ def pair_expectation(lake, reference, steps, f, reward=None):
     for K in (24, 32, 64, 128, 256):
         x = torch.cos(math.pi * (torch.arange(4 * K, dtype=torch.float64) + 0.5) / (4 * K))
         w = 0.5 * math.pi * torch.arange(K, dtype=torch.float64)
-        A, values = torch.cos(w * x[:, None]), f(width * x)
-        c = torch.linalg.lstsq(A, values[:, None], rcond=1e-14, driver="gelsd").solution[:, 0]
-        if (error := (A @ c - values).abs().max() / values.abs().max().clamp(min=1)) < 1e-13:
+        basis, values = torch.cos(w * x[:, None]), f(width * x)
+        c = torch.linalg.lstsq(basis, values[:, None], rcond=1e-14, driver="gelsd").solution[:, 0]
+        if (error := (basis @ c - values).abs().max() / values.abs().max().clamp(min=1)) < 1e-13:
             break
     if error > 1e-9:
         raise OverflowError(f"f is not smooth enough, or d too wide, for a cosine series (error {error:.0e})")
@@ -477,7 +486,8 @@ def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, an
     """The policy of least population loss. advantage: labels compare its sum, not the return. anchor: what the log-ratio is
     taken to, by default the reference, which draws the pairs. history: a list that gets the policy of every evaluation.
 
-    With f = even + odd part: E over pairs and labels of f(h) is E even(h) + E[(2p-1) odd(h)], p the chance that the first wins.
+    h = d_1 - d_2 for a pair as it was drawn, p the chance that the first wins: E[p f(h) + (1-p) f(-h)] is E even(h) +
+    E[(2p-1) odd(h)] with f = even + odd part.
     The losses in SMOOTH have a linear odd part, -k h, so all that the labels contribute is a count of steps.
     """
     if loss not in SMOOTH:
@@ -493,7 +503,7 @@ def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, an
         if history is not None:
             history.append(log_policy.detach().exp().numpy())
         pairs = pair_expectation(lake, reference, log_policy - log_anchor, even)
-        return (pairs - k * (counts * (log_policy - log_anchor)).sum()) / beta**2           # the curvature is then about one
+        return (pairs - k * (counts * (log_policy - log_anchor)).sum()) / beta**2           # for DPO the curvature is then about one
     return best_policy(lake, reference, objective, steps)
 
 
@@ -583,7 +593,7 @@ def preferred_ft(lake, reference, beta, rng):
 
 
 def best_of_n(N, n=50_000):
-    """Imitation of the best of N draws. Its law: failure keeps the share q^N of its mass q, success takes the rest."""
+    """Imitation of the best of N draws. Its law: the mass q of failure becomes q^N, success takes the rest."""
     def method(lake, reference, beta, rng):
         q = return_masses(lake, reference)[0]
         own = tilt(lake, reference, np.log([q ** (N - 1), sum(q**k for k in range(N))]))   # (1 - q^N)/(1 - q)
@@ -655,17 +665,18 @@ def mrpo(lake, reference, beta, rng):
 
 
 def apo(lake, reference, beta, rng, rounds=3, momentum=0.5):
-    """Accelerated preference optimisation (2410.06293): DPO against pi_t, then pi_{t+1} ~ pi^ (pi^/pi^_prev)^momentum.
+    """Accelerated preference optimisation (2410.06293). p_t is DPO's optimum against q_t, and q_{t+1} ~ p_t (p_t / p_{t-1})^momentum,
+    from q_0 = p_{-1} = pi_ref on; the last q is the policy.
 
     Each round has the weight rounds * beta: plain rounds would end at pi*, the momentum goes beyond, to a known strength.
-    The extrapolation is exact: per step in the logits, then normalised over whole trajectories by `tilt`.
+    The extrapolation is exact: per step in the log-probabilities, then normalised over whole trajectories by `tilt`.
     """
-    policy, previous, strength, before = reference, reference, 0.0, 0.0
+    q, p_before, u, u_before = reference, reference, 0.0, 0.0                       # q ~ pi_ref exp(u R), p likewise
     for _ in range(rounds):
-        ahead, now = population_dpo(lake, policy, rounds * beta), strength + 1 / (rounds * beta)
-        policy, previous = tilt(lake, ahead * (ahead / previous) ** momentum, [0.0, 0.0]), ahead
-        strength, before = now + momentum * (now - before), now
-    return policy, tilt(lake, reference, [0.0, strength]) if lake.deterministic else None
+        p, u_now = population_dpo(lake, q, rounds * beta), u + 1 / (rounds * beta)
+        q, p_before = tilt(lake, p * (p / p_before) ** momentum, [0.0, 0.0]), p
+        u, u_before = u_now + momentum * (u_now - u_before), u_now
+    return q, tilt(lake, reference, [0.0, u]) if lake.deterministic else None
 
 
 def kto_loss(logps, ref, lengths, beta):
@@ -789,7 +800,7 @@ def ift_loss(lake, weights, trajectories, lam=0.2, gamma=0.95):
     if gamma == 0:
         return losses.sum((1, 2)) / mask.sum((1, 2))
     ahead = np.subtract.outer(np.arange(lake.horizon), np.arange(lake.horizon))                   # i - t
-    to_come = losses @ torch.tensor(np.where(ahead >= 0, gamma ** np.maximum(ahead, 0.0), 0.0))   # 4
+    to_come = losses @ torch.tensor(np.tril(gamma ** np.maximum(ahead, 0.0)))                     # 4
     return ((losses * to_come).sum(-1) / to_come.sum(-1).clamp(min=1e-300)).mean(-1)              # 5
 
 
@@ -802,7 +813,7 @@ def ift(lake, reference, beta, rng):
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
-# The numbers are the strengths of the optima, times beta: the margin h at which p times the slope of the loss for "success
+# The numbers are the strengths of the optima: beta times the margin h at which p times the slope of the loss for "success
 # won" balances 1-p times its slope for "failure won". MinorDPO: its kink at d = 0 holds it at the reference, for with ties
 # among the pairs leaving pays only if 2(1-p) < (2p-1) P(failure), and never at p = .73.
 
@@ -1048,7 +1059,7 @@ def plot_slip(curve, path):
              "reference": (":", GREY, "reference")}
     labels = {"tv": "max TV to $\\pi^*$   (luck: reward)", "objective": "E[R] - $\\beta$ KL (reward)", "success": "success rate"}
     with panels(path, 3, 14, 4.2) as axes:
-        axes[0].plot(curve["slip"], curve["luck"], "^:", color=GREY, label="luck: s.d. of $\\sum V(s')-E V(s')$")
+        axes[0].plot(curve["slip"], curve["luck"], "^:", color=GREY, label="luck: s.d. of $\\sum r+V-E[r+V]$")
         for ax, (column, label) in zip(axes, labels.items()):
             for name in ("regret", "DPO") if column == "tv" else lines:
                 style, colour, legend = lines[name]
@@ -1097,29 +1108,38 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     started, beta, seed, out = time.perf_counter(), options.beta, options.seed, options.out
     try:
-        lake = FrozenLake(options.map.replace("/", "\n"), options.slip, options.horizon)
+        lake = FrozenLake(options.map, options.slip, options.horizon)
         if options.horizon is None:
             lake = FrozenLake(lake.rows, lake.slip, lake.horizon + 2)
         reference = check(lake, walker_policy(lake), beta)
-        np.random.default_rng(seed)
-    except ValueError as error:
+        if not 0.0025 <= beta <= 50:
+            raise ValueError(f"beta {beta:g} is not between 0.0025 and 50: outside, float64 does not hold what every method needs")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed is a whole number from 0 to 2^63 - 1, not {seed}")
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         print(f"gridworld.py: error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)                                                        # the tensors are small: threads only wait
     print(f"{'/'.join(lake.rows)}  horizon {lake.horizon}  slip {lake.slip:.3g}  beta {beta:g}  seed {seed}\nreference: "
           f"success {expected_return(lake, reference):.4f}, luck of the moves (s.d.) {luck(lake, reference, beta):.3f}")
-    show = lambda text: print(f"\r{text:30s}", end="\r", file=sys.stderr, flush=True) if sys.stderr.isatty() else None
-    rows = methods_table(lake, reference, beta, seed, show)
+
+    def show(text):
+        if sys.stderr.isatty():
+            print(f"\r{text:30s}", end="\r", file=sys.stderr, flush=True)
+    rows, optimum = methods_table(lake, reference, beta, seed, show), soft_optimal_policy(lake, reference, beta)
+    show("")
     print_table(lake, reference, beta, rows)
     policies = {row["method"]: row["policy"] for row in rows}
     maps = {name: policies[name] for name in ("DPO", "IPO", "Best-of-4", "PPO, sampled")}
-    plot_maps(lake, {"reference (SFT)": reference, "$\\pi^*$": soft_optimal_policy(lake, reference, beta), **maps},
+    plot_maps(lake, {"reference (SFT)": reference, "$\\pi^*$": optimum, **maps},
               out / "gridworld_maps.png")
 
     pairs, worth = convergence(seed=seed), {row["method"]: row["objective"] for row in rows}
     print(f"\nDPO on n pairs (3x3, beta .5): the error falls as n^{pairs['slope']:.3f} (theory: -1/2)")
-    plot_convergence(*convergence_curves(lake, reference, beta, seed), {"$\\pi^*$": worth["PPO, exact gradient"],
-                     "DPO, infinite data": worth["DPO"]}, pairs, out / "gridworld_convergence.png")
+    plot_convergence(*convergence_curves(lake, reference, beta, seed), {
+        "$\\pi^*$": score(lake, optimum, reference, beta, optimum)["objective"], "DPO, infinite data": worth["DPO"]},
+        pairs, out / "gridworld_convergence.png")
     curve = slip_curve(beta=beta)
     print("\nslip curve (4x4, horizon 8)  " + "".join(f"{slip:8.2f}" for slip in curve["slip"]))
     for key in ("luck", ("DPO", "tv"), ("regret", "tv"), ("pi*", "objective"), ("DPO", "objective"), ("pi*", "success"),

@@ -1343,7 +1343,12 @@ def test_load_preferences(tmp_path):
     assert third.prompt + third.chosen == "user: prompt\n\nassistant: chosen"
 
 
+TURNS = '[{"role": "user", "content": "p"}]', '[{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]'
+
+
 @pytest.mark.parametrize("line, complaint", [
+    (GOOD_LINE.replace('"c"', TURNS[1]), "all texts or all lists"),
+    (GOOD_LINE.replace('"p"', TURNS[0]).replace('"c"', TURNS[1]).replace('"r"', TURNS[1]), "only what follows the prompt"),
     ("{", "not JSON"), ("[1]", "object"), (b"\xff", "UTF-8"), ('{"prompt": "p", "chosen": "c"}', "'rejected' is missing"),
     *[(GOOD_LINE.replace('"c"', value), complaint) for value, complaint in [
         ("null", "'chosen' is null"), ("3", "'chosen' must be a string"), ('""', "'chosen' is empty"),
@@ -1783,7 +1788,8 @@ def test_gridworld_bad_arguments():
 
 
 @pytest.mark.parametrize("flags", [["--map", "5x5"], ["--slip", "2"], ["--beta", "0"], ["--horizon", "0"], ["--map", "SF/G"],
-                                   ["--beta", "nan"], ["--seed", "-1"], ["--slip", "x"]])
+                                   ["--beta", "nan"], ["--seed", "-1"], ["--slip", "x"], ["--beta", "1e-3"], ["--beta", "99"],
+                                   ["--seed", str(2**64)], ["--out", __file__]])
 def test_gridworld_bad_flags_give_one_line_and_exit_code_2(flags, capsys):
     try:
         code = gw.main(flags)
@@ -1904,6 +1910,25 @@ def test_gridworld_return_law_is_the_minimiser_over_policies(loss, hyper):
     assert worst_tv(lake, by_law, by_pairs, reference) < 1e-6
     if loss != "dpo":
         assert worst_tv(lake, by_law, gw.population_dpo(lake, reference, beta), reference) > 1e-3
+
+
+def test_gridworld_imitation_of_flipped_winners():
+    """SFT on winners with a fifth of the labels turned round: the minimum, by bisection, is the tilt by the winners' law. Rejected:
+    the law without flips. Slippery ice takes that law too."""
+    lake = gw.FrozenLake(SMALL)
+    reference = random_policy(lake, 8, 0.5)
+    found = gw.population_dpo(lake, reference, 0.4, "sft", flip=0.2)
+
+    def check(flip):
+        assert worst_tv(lake, gw.tilt(lake, reference, gw.chosen_weights(lake, reference, flip)), found, reference) < 1e-9
+    check(0.2)
+    rejects(check, 0.0)
+    slippery = gw.FrozenLake(SMALL, 0.3)
+    reference = random_policy(slippery, 8, 0.5)
+    plain, flipped = (gw.population_dpo(slippery, reference, 0.4, "sft", flip=flip) for flip in (0.0, 0.5))
+    assert worst_tv(slippery, flipped, reference, reference) < 1e-9 < worst_tv(slippery, plain, reference, reference)
+    with pytest.raises(ValueError, match="flip"):
+        gw.population_dpo(lake, reference, 0.4, "sft", flip=1.5)
 
 
 @pytest.mark.parametrize("loss, hyper", [("exo", {}), ("chipo", {}), ("rpo", {"eta": 0.1}), ("minor", {}), ("sft", {}),
@@ -2660,8 +2685,39 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path, capfd, number, monk
     assert run(*command(world, "dpo", "--out", broken)) == 1
     said = capfd.readouterr().err
     assert "stopped after 3 of 12 steps" in said and "--resume" in said
+    (broken / "train.log").write_text("a file that somebody put there does no harm")
     assert run(*command(world, "dpo", "--out", broken, "--resume")) == 0
     assert weights(broken) == weights(whole)
+    assert run(*command(world, "dpo", "--out", broken, "--resume", "--micro-batch", 3)) == 0            # less memory is no other run
+    assert run(*command(world, "dpo", "--out", broken, "--resume", "--seed", 1)) == 2
+
+
+def test_options_of_a_stage_stand_behind_its_name(world, capsys):
+    """`dpo.py --seed 3 dpo` would have trained with seed 0."""
+    for first in (["--seed", "3"], ["--out", "x"], ["--fast"]):
+        with pytest.raises(SystemExit) as stop:
+            run(*first, *command(world, "dpo", "--out", "unused"))
+        assert stop.value.code == 2 and "behind its name" in capsys.readouterr().err
+
+
+def test_no_piece_of_a_long_text_loses_its_end(world, tmp_path, monkeypatch):
+    """A text of block + 1 tokens is cut so that EOS keeps a predecessor, and every token stands in one piece."""
+    seen, tokens = [], []
+    monkeypatch.setattr(dpo, "train_sft", lambda model, texts, *more, **options: seen.extend([*texts[i]] for i in range(len(texts))))
+    tokenizer = dpo.read_tokenizer(world / "sft")
+    size = GPT.from_pretrained(world / "sft").config.block_size
+    text = "the plot was good."
+    while len(tokens) <= size:
+        text += " the plot was good."
+        tokens = [*dpo.encode(tokenizer, text), tokenizer.eot_token]
+    while len(tokens) > size + 1:
+        text = text[:-1]
+        tokens = [*dpo.encode(tokenizer, text), tokenizer.eot_token]
+    assert len(tokens) == size + 1
+    path = write_jsonl(tmp_path / "one.jsonl", [{"text": text}])
+    (tmp_path / "out").mkdir()
+    assert run("sft", "--data", path, "--init", world / "sft", "--out", tmp_path / "out", "--all") == 0
+    assert [len(piece) for piece in seen] == [size - 1, 2] and sum(seen, []) == tokens
 
 
 def test_data_is_counted(world, tmp_path, capsys):
