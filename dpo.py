@@ -309,6 +309,11 @@ def attention(q, k, v, dropout: float = 0.0):
     return (weights @ v).view(B, n_head, T, size)
 
 
+def fill(rows):
+    """Row numbers (n,) and as many zeros as make n a multiple of 64: rows that nobody asks for."""
+    return F.pad(rows, (0, -len(rows) % 64))
+
+
 def take(x, rows):
     """x[rows], x (N,C). The gradient of F.embedding is faster than that of an index."""
     return F.embedding(rows, x)
@@ -374,7 +379,8 @@ class GPT(nn.Module):
         if flat:
             at, state = distinct_prefixes(tokens, keep)                          # (N,) state -> place; (B*T,) place -> state
             kept, copies = state[keep.flatten()].unique(return_inverse=True)     # (M,) states to return; (keep.sum(),) of them, which
-            at, kept = (F.pad(x, (0, -len(x) % 64)) for x in (at, kept))         # idle rows up to N, M = 0 mod 64: see `onednn_products`
+            at, kept, wanted = fill(at), fill(kept), len(copies)                 # idle rows, for oneDNN: see `onednn_products`
+            copies = fill(copies) if onednn_allowed() else copies
             tokens, positions = tokens.flatten()[at], positions.flatten()[at]
         dropout = self.config.dropout if self.training else 0.0
         layers = iter(range(self.config.n_layer))                                # attend is called once in each, in order
@@ -397,7 +403,8 @@ class GPT(nn.Module):
         x = self.ln_f(self.h[-1](x, attend, kept))                               # flat: (M, C), for no later layer asks for the others
         if keep is not None:
             x = take(x, copies) if flat else x[keep]
-        return F.linear(x, self.wte.weight) if self.score is None else self.score(x)
+        x = F.linear(x, self.wte.weight) if self.score is None else self.score(x)
+        return x[:wanted] if flat and len(x) > wanted else x
 
     def save_pretrained(self, directory, tensors=None):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
@@ -614,14 +621,20 @@ def onednn_rounds() -> bool:
     return not torch.equal(x @ torch.eye(256), x)
 
 
+def onednn_allowed() -> bool:
+    """Whether we are within `onednn_products`, and it has taken effect."""
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == "bf16"
+
+
 @contextlib.contextmanager
 def onednn_products(model):
     """Within, a CPU's float32 matrix products are computed by oneDNN, not by MKL, which leaves the AVX-512 units of AMD's processors
     idle: there a product takes half the time, and a DPO step two thirds.
 
     PyTorch (from 2.9 on) uses oneDNN for float32 only where factors may be rounded to bfloat16. So we allow that, try whether this
-    CPU really rounds, and take it back if it does. oneDNN makes a kernel for each new shape, in half a millisecond: therefore
-    models below 2^19 parameters keep MKL, and `GPT.forward` fills up to a multiple of 64 rows, so that shapes recur (7% a step).
+    CPU really rounds, and take it back if it does. For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it
+    for good. Therefore models below 2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that shapes recur: a
+    step takes 7% less time, and memory stays flat.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     before = getattr(settings, "fp32_precision", None)                           # None: PyTorch before 2.9
