@@ -7,7 +7,7 @@ measured against the best that any method could do: the analytic limit.
 
     python dpo.py             the whole comparison on two CPU cores, offline, two minutes; figures and numbers in out/
     python dpo.py --fast      the same story in half a minute, less precise
-    python dpo.py --sweep     several betas, numbers of pairs and seeds, 17 minutes: the README's figure
+    python dpo.py --sweep     several betas, numbers of pairs and seeds, 18 minutes: the README's figure
 
     python dpo.py sft|dpo|rm|ppo|eval|sample --help      the same stages on your own data, from scratch or from GPT-2
 
@@ -2369,6 +2369,7 @@ def checksum(path) -> int:
 
 
 def stage_sft(options, device) -> dict:
+    """`sft`: fit a language model to texts, from scratch or from --init -> the summary's numbers."""
     if options.init:
         model, tokenizer = open_model(options.init, device)
     else:
@@ -2402,6 +2403,7 @@ def stage_sft(options, device) -> dict:
 
 
 def stage_dpo(options, device) -> dict:
+    """`dpo`: fit --init to preference pairs, by DPO or another --loss -> held-out accuracy and margins."""
     opened = model, tokenizer = open_model(options.init, device)
     reference = open_model(options.reference, device, like=opened)[0] if options.reference else copy.deepcopy(model)
     hyper = loss_settings(options)
@@ -2430,6 +2432,7 @@ def loss_settings(options) -> dict:
 
 
 def stage_rm(options, device) -> dict:
+    """`rm`: fit a reward model, --init with a new head, to preference pairs -> held-out accuracy and margins."""
     model, tokenizer = open_model(options.init, device, n_outputs=1)
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
     training, run = plan(options, model, tokenizer, pairs.lines)
@@ -2455,6 +2458,7 @@ def compare(model, reference, pairs: Pairs, beta: float) -> dict:
 
 
 def stage_ppo(options, device) -> dict:
+    """`ppo`: maximise --reward by PPO from --init, the KL to --init weighed by --beta -> held-out reward and KL."""
     opened = policy, tokenizer = open_model(options.init, device)
     reward_model = open_model(options.reward, device, like=opened, scores=True)[0]
     reference, critic = copy.deepcopy(policy), copy.deepcopy(reward_model)
@@ -2484,6 +2488,7 @@ def stage_ppo(options, device) -> dict:
 
 
 def stage_eval(options, device) -> dict:
+    """`eval`: accuracy and margins of a policy against --reference, or of a reward model, on the held-out pairs."""
     opened = model, tokenizer = open_model(options.init, device, scores=not options.reference)
     reference = open_model(options.reference, device, like=opened)[0] if options.reference else None
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
@@ -2493,6 +2498,7 @@ def stage_eval(options, device) -> dict:
 
 
 def stage_sample(options, device) -> dict:
+    """`sample`: print completions of each --prompt by each --init, side by side."""
     models = [open_model(name, device) for name in options.init]
     reference, tokenizer = open_model(options.reference, device) if options.reference else models[0]
     texts, rows = [text for text in options.prompt for _ in range(options.n)], []

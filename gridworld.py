@@ -118,6 +118,7 @@ def check(lake, reference, beta):
 
 
 def uniform_policy(lake):
+    """Each action with chance 1/4  (H,S,A)."""
     return np.full((lake.horizon, len(lake.P), 4), 0.25)
 
 
@@ -919,6 +920,7 @@ def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20,
 
 
 def mean_and_error(runs, axis=0):
+    """The mean over independent runs, at least two, and its standard error."""
     return runs.mean(axis), runs.std(axis, ddof=1) / math.sqrt(runs.shape[axis])
 
 
@@ -1072,6 +1074,7 @@ def plot_slip(curve, path):
 # === 12. The command line =============================================================================================
 
 def print_table(lake, reference, beta, rows):
+    """`methods_table`'s rows, below one of pi* itself."""
     optimum = soft_optimal_policy(lake, reference, beta)
     best = {"method": "pi*", "own": None, "seconds": 0.0, **score(lake, optimum, reference, beta, optimum)}
     print(f"\n{'method':20s}   own TV      MSE   max TV KL(*||pi) E[R]-bKL  success cells seconds")
@@ -1086,6 +1089,7 @@ def print_table(lake, reference, beta, rows):
 
 
 def print_ift(result):
+    """What `ift_experiment` returns, with standard errors, and the order of the methods."""
     print("\nIFT's Frozen Lake: one optimal, one sub-optimal trajectory, two-layer policy, 20 seeds (MSE, mean +- s.e.)")
     print(f"{'':10s}{'trajectory':>22s}{'all cells':>22s}{'success':>10s}")
     for name, runs in result.items():
@@ -1098,6 +1102,7 @@ def print_ift(result):
 
 
 def main(arguments=None):
+    """The command line: all tables, and three figures in --out -> exit code, 2 for a bad argument."""
     parser = argparse.ArgumentParser("gridworld.py", description="Frozen Lake: every method against the exact optimum.")
     parser.add_argument("--map", default="4x4", help="4x4, 8x8 or rows such as SFF/FHF/FFG (default 4x4)")
     parser.add_argument("--slip", type=float, default=0.0, help="chance of not going where one meant to (default 0)")

@@ -1,6 +1,6 @@
 """How fast is it, and how does the cost grow?
 
-    python .ci/speed.py              peers side by side, then growth; a quarter of an hour, of which growth takes a minute or two
+    python .ci/speed.py              peers side by side, then growth; 15 minutes with 2 threads, 20 with one
     python .ci/speed.py --only dpo   one table: dpo, generate, ppo or growth
     python .ci/speed.py --mkl        ours without oneDNN's products, as on a machine where they are no faster
 
