@@ -396,7 +396,7 @@ class GPT(nn.Module):
         if flat:
             at, state = distinct_prefixes(tokens, keep)                          # (N,) state -> place; (B*T,) place -> state
             kept, copies = state[keep.flatten()].unique(return_inverse=True)     # (M,) states to return; (keep.sum(),) of them, which
-            wanted, at, kept, copies = len(copies), fill(at), fill(kept), fill(copies)
+            wanted, at, kept, copies = len(copies), fill(at), fill(kept), fill(copies)           # what idle rows return is cut off below
             tokens, positions = tokens.flatten()[at], positions.flatten()[at]
         dropout = self.config.dropout if self.training else 0.0
         caches = (cache[layer] for layer in range(self.config.n_layer))          # attend is called once in each layer, in order
@@ -1902,7 +1902,7 @@ class Scale:
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
 
 
-FAST = Scale(sft_steps=350, prompts=1024, dpo_steps=96, reward_model_steps=192, baseline_steps=32, ppo_rollouts=8,
+FAST = Scale(sft_steps=600, prompts=1024, dpo_steps=96, reward_model_steps=192, baseline_steps=32, ppo_rollouts=8,
              held_out=48, samples=16, limit_samples=256)
 
 
@@ -2022,7 +2022,8 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
         return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
     sample = raw(*([rows[i].tolist() for i in range(min(4096, len(rows)))] for rows in (world.pairs.prompts, world.pairs.completions)))
     mean, std = sample.mean(), sample.std()
-    # less work than PPO's usual four epochs in minibatches of 128, and better here: at beta 4 most, where rewards weigh little
+    # less work than PPO's usual four epochs in minibatches of 128, and better here (two seeds): at beta 4 most, where the reward
+    # weighs little
     ppo = PPO(**{"beta": beta / std.item(), "max_new_tokens": MAX_NEW_TOKENS, "epochs": 3, "minibatch": 64, **settings})
     training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, eps=1e-5, seed=world.seed)
     policy = copy.deepcopy(world.reference)
@@ -2580,11 +2581,14 @@ ZERO = "seed", "top-k", "temperature", "dropout"                                
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, like every other error here."""
+
     def error(self, message):
         self.exit(2, f"dpo.py: {message}\n")
 
 
 def add_option(parser, name: str):
+    """Add an option of the table OPTIONS; numbers must be positive, or 0 where that means something."""
     default, text = OPTIONS[name]
     kind = default if isinstance(default, type) else type(default)
 
@@ -2631,6 +2635,7 @@ def run_stage(options):
 
 
 def main(arguments=None) -> int:
+    """The command line: the demonstration, the sweep or one stage -> exit code."""
     parser = Parser(description="Direct Preference Optimization. Without arguments: the whole comparison.")
     parser.add_argument("--fast", action="store_true", help="the same story in a quarter of the time, less precise")
     parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures")

@@ -1605,7 +1605,7 @@ def tiny_grpo(policy, reference, beta):
 @pytest.mark.parametrize("train", [tiny_dpo, tiny_ppo, tiny_grpo])
 def test_trainers_reach_the_analytic_optimum(train):
     """DPO from pairs, PPO and GRPO from rewards all end within 5% total variation of pi_ref e^{r/beta} / Z, enumerated. With
-    other random numbers they end within 2%. Rejected: the reference, and the optima at half and at twice beta."""
+    other random numbers PPO and GRPO end within 2%. Rejected: the reference, and the optima at half and at twice beta."""
     reference, policy = tiny_gpt(4, seed=10), tiny_gpt(4, seed=10)
     logps = lambda model: completion_logps(model, [[0]] * 13, TINY_COMPLETIONS)
     train(policy, reference, 1.0)
