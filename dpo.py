@@ -735,9 +735,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
     config, device, B = model.config, next(model.parameters()).device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     T = int(lengths.max()) + max_new_tokens
-    tokens = torch.full((B, T), -1, device=device)                                              # -1: not known yet
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
+    tokens = torch.tensor([[*prompt, *[-1] * (T - len(prompt))] for prompt in prompts], device=device)                # -1: not known yet
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
     cache = torch.empty(config.n_layer, 2, T, config.n_head, config.n_embd // config.n_head, B, device=device,
@@ -1923,9 +1921,10 @@ class World:
     checks: dict                        # name -> number, for the summary
 
 
-def make_world(scale: Scale, seed: int) -> World:
+def make_world(scale: Scale, seed: int, pool=None) -> World:
     """Corpus, tokenizer, SFT, preferences, and the analytic limit on held-out prompts. The corpus is of films and some meals, all
-    else of films: so notebook 4 can ask what preferences of films are worth on meals."""
+    else of films: so notebook 4 can ask what preferences of films are worth on meals.
+    pool: further processes (`two_processes`), to sample the limit while this one samples the preferences."""
     torch.manual_seed(seed)
     rng, started, seconds = random.Random(seed), time.time(), {}
 
@@ -1940,15 +1939,26 @@ def make_world(scale: Scale, seed: int) -> World:
     history = train_sft(reference, texts, Training(scale.sft_steps, 1e-2, batch_size=64, seed=seed))
     lap("SFT")
     prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
+    held_out = sample_prompts(seed + 2000, scale.held_out, held_out=True)
+    arguments, threads = (tokenizer, held_out, scale.limit_samples, seed), torch.get_num_threads()
+    if pool:        # send a copy: sending moves the weights to shared memory, in a thread of its own, while we sample from them here
+        truth = pool.submit(sample_limit, copy.deepcopy(reference), *arguments)
+        torch.set_num_threads(max(1, threads // 2))
     preferences, _ = sample_preferences(reference, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, scale.per_prompt, seed)
     pairs = encode_pairs(tokenizer, preferences, BLOCK_SIZE)
     lap("preferences")
-    held_out = sample_prompts(seed + 2000, scale.held_out, held_out=True)
-    ids = [encode(tokenizer, prompt) for prompt, _ in held_out for _ in range(scale.limit_samples)]
-    truth = judge(tokenizer, held_out, generate(reference, ids, MAX_NEW_TOKENS, progress="analytic limit"))
+    truth = truth.result() if pool else sample_limit(reference, *arguments)
+    torch.set_num_threads(threads)
     lap("analytic limit")
     return World(scale, seed, tokenizer, reference, [encode(tokenizer, prompt) for prompt in prompts], pairs, held_out, truth,
                  build_frontier(truth["reward"]), {"SFT": history}, seconds, {})
+
+
+def sample_limit(reference, tokenizer, held_out: list, samples: int, seed: int) -> dict:
+    """The truth about many of the reference's completions of each held-out prompt: see `judge`."""
+    torch.manual_seed(seed)
+    ids = [encode(tokenizer, prompt) for prompt, _ in held_out for _ in range(samples)]
+    return judge(tokenizer, held_out, generate(reference, ids, MAX_NEW_TOKENS, progress="analytic limit"))
 
 
 def with_scalar_head(model: GPT) -> GPT:
@@ -2019,7 +2029,7 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
         return gold(prompts, completions) if reward_model is None else score_completions(reward_model, prompts, completions)
 
     def watch(prompts, completions):
-        return {"gold_reward": gold(prompts, completions).mean().item(), "learnt_reward": raw(prompts, completions).mean().item()}
+        return {"gold_reward": gold(prompts, completions).mean().item()}
     sample = raw(*([rows[i].tolist() for i in range(min(4096, len(rows)))] for rows in (world.pairs.prompts, world.pairs.completions)))
     mean, std = sample.mean(), sample.std()
     # less work than PPO's usual four epochs in minibatches of 128, and better here (two seeds): at beta 4 most, where the reward
@@ -2027,8 +2037,11 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
     ppo = PPO(**{"beta": beta / std.item(), "max_new_tokens": MAX_NEW_TOKENS, "epochs": 3, "minibatch": 64, **settings})
     training = Training(world.scale.ppo_rollouts * ppo.epochs * ppo.rollout // ppo.minibatch, 1e-3, eps=1e-5, seed=world.seed)
     policy = copy.deepcopy(world.reference)
-    world.histories[stage] = train_ppo(policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
-                                       lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch)
+    world.histories[stage] = train_ppo(
+        policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
+        lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch if reward_model is not None else None)
+    for row in world.histories[stage]:
+        row["learnt_reward"] = row["reward"] * std.item() + mean.item()
     return policy
 
 
@@ -2059,38 +2072,42 @@ def measure(world: World, name: str, run, **options) -> tuple[GPT, dict]:
                     "kl_over_theory": row["kl"] / theory_kl}
 
 
-def measure_all(world: World, jobs: list) -> tuple[dict, dict]:
+def measure_all(world: World, jobs: list, pool=None) -> tuple[dict, dict]:
     """`measure` for each (name, run, options) -> rows and example completions by name; histories and checks go to `world`.
-
-    On a CPU two processes share the jobs: such a small model leaves a second thread half idle, so two processes of one thread
-    do 1.4 times the work of one process of two.
-    """
-    if next(world.reference.parameters()).device.type == "cpu":
-        threads = max(1, torch.get_num_threads() // 2)
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_worker, (world, threads)) as pool:
-            results = list(pool.map(work, jobs))
-    else:
-        start_worker(world)
-        results = list(map(work, jobs))
+    pool: of `two_processes`, which share the jobs; else one is made."""
+    with contextlib.nullcontext(pool) if pool else two_processes() as pool:
+        results = list((pool.map if pool else map)(work, [(world, *job) for job in jobs]))
     for _, _, _, histories, checks in results:
         world.histories.update(histories), world.checks.update(checks)
     return {name: row for name, row, *_ in results}, {name: texts for name, _, texts, *_ in results}
 
 
-def start_worker(world: World, threads=None):
-    """What each process of `measure_all` does first: keep the world, so that jobs need not carry it."""
-    work.world = world
-    if threads:
-        torch.set_num_threads(threads)
-        line = multiprocessing.current_process()._identity[0] % 2
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=line)    # each process draws its bars on its own line
+@contextlib.contextmanager
+def two_processes():
+    """A pool of two further processes, each with half of the threads; on a GPU None. Models as small as the demonstration's leave a
+    second thread half idle, so two processes of one thread do 1.4 times the work of one process of two."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        yield None
+        return
+    threads = max(1, torch.get_num_threads() // 2)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_worker, (threads,)) as pool:
+        for _ in range(2):
+            pool.submit(os.getpid)                                               # starts one; until it is ready, two seconds pass
+        yield pool
+
+
+def start_worker(threads: int):
+    """What each of `two_processes` does first."""
+    torch.set_num_threads(threads)
+    line = multiprocessing.current_process()._identity[0] % 2
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=line)        # each process draws its bars on its own line
 
 
 def work(job):
     """One job of `measure_all`, in its process -> name, row, examples, and the world's histories and checks."""
-    name, run, options = job
-    policy, row = measure(work.world, name, run, **options)
-    return name, row, examples(policy, work.world), work.world.histories, work.world.checks
+    world, name, run, options = job
+    policy, row = measure(world, name, run, **options)
+    return name, row, examples(policy, world), world.histories, world.checks
 
 
 def examples(policy, world: World, n: int = 3) -> list[str]:
@@ -2103,12 +2120,13 @@ def examples(policy, world: World, n: int = 3) -> list[str]:
 
 def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
     """Every method of the paper's first experiment, trained and measured; writes summary.json and two figures to `out`."""
-    started, world = time.time(), make_world(scale, seed)
-    few = scale.baseline_steps
-    rows, texts = measure_all(world, [                                           # the longest first
-        ("PPO-RM", run_rlhf, {}), ("PPO-GT", run_ppo, {}), ("DPO", run_preferences, {}),
-        ("Preferred-FT", run_preferences, {"loss": "sft", "steps": few}),
-        ("Unlikelihood", run_preferences, {"loss": "unlikelihood", "steps": few, "alpha": 1.0})])
+    started, few = time.time(), scale.baseline_steps
+    with two_processes() as pool:
+        world = make_world(scale, seed, pool)
+        rows, texts = measure_all(world, [                                       # the longest first
+            ("PPO-RM", run_rlhf, {}), ("PPO-GT", run_ppo, {}), ("DPO", run_preferences, {}),
+            ("Unlikelihood", run_preferences, {"loss": "unlikelihood", "steps": few, "alpha": 1.0}),
+            ("Preferred-FT", run_preferences, {"loss": "sft", "steps": few})], pool)
     methods = {"SFT": summarise(world.frontier, np.zeros(scale.held_out), world.truth, seconds=world.seconds["SFT"])}
     methods |= {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
     methods |= {name: rows[name] for name in ("Preferred-FT", "Unlikelihood", "PPO-RM", "PPO-GT", "DPO")}
@@ -2142,24 +2160,25 @@ def sweep(seeds, out: Path, scale: Scale):
     """Several betas for DPO, with twice the demonstration's steps, and for PPO; DPO with fewer pairs and with the demonstration's
     steps; everything redone for each seed. Writes sweep.json and sweep.png."""
     started, methods, frontiers, accuracies = time.time(), {}, [], []
-    for seed in tqdm(seeds, desc="sweep", unit="seed"):
-        world = make_world(scale, seed)
-        reward_model = run_reward_model(world)
-        accuracies.append((world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"]))
-        frontiers.append(world.frontier)
-        jobs = [(f"DPO beta={beta:g}", run_preferences, {"beta": beta, "steps": 2 * scale.dpo_steps}) for beta in (4, 3, 2, 1.5, 1.2)]
-        few = [n for n in (1024, 8192, 32768) if n < len(world.pairs)]
-        jobs += [(f"DPO beta={BETA:g} pairs={n}", run_preferences, {"n_pairs": n}) for n in (*few, len(world.pairs))]
-        jobs += [(f"PPO-GT beta={beta:g}", run_ppo, {"beta": beta}) for beta in (4, 2, 1.2)]
-        jobs += [(f"PPO-RM beta={beta:g}", run_ppo, {"beta": beta, "reward_model": reward_model}) for beta in (4, 2, 1.2)]
-        rows = measure_all(world, jobs)[0] | {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
-        methods |= {f"{name} seed={seed}": row for name, row in rows.items()}
-        widest = max(row["kl"] for name, row in methods.items() if "pairs" not in name)
-        errors = {f"{kl:.2f}": [frontier_error(frontier, kl) for frontier in frontiers] for kl in (1, 3, widest)}
-        results = {"methods": methods, "means": over_seeds(methods), "frontier": limit_points(*frontiers), "frontier_error": errors,
-                   "reward_model_and_bayes_accuracy": accuracies, "config": {**asdict(scale), "seeds": list(seeds)},
-                   "seconds": time.time() - started}
-        write_json(out / "sweep.json", results)
+    with two_processes() as pool:
+        for seed in tqdm(seeds, desc="sweep", unit="seed"):
+            world = make_world(scale, seed, pool)
+            reward_model = run_reward_model(world)
+            accuracies.append((world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"]))
+            frontiers.append(world.frontier)
+            jobs = [(f"DPO beta={beta:g}", run_preferences, {"beta": beta, "steps": 2 * scale.dpo_steps}) for beta in (4, 3, 2, 1.5, 1.2)]
+            few = [n for n in (1024, 8192, 32768) if n < len(world.pairs)]
+            jobs += [(f"DPO beta={BETA:g} pairs={n}", run_preferences, {"n_pairs": n}) for n in (*few, len(world.pairs))]
+            jobs += [(f"PPO-GT beta={beta:g}", run_ppo, {"beta": beta}) for beta in (4, 2, 1.2)]
+            jobs += [(f"PPO-RM beta={beta:g}", run_ppo, {"beta": beta, "reward_model": reward_model}) for beta in (4, 2, 1.2)]
+            rows = measure_all(world, jobs, pool)[0] | {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
+            methods |= {f"{name} seed={seed}": row for name, row in rows.items()}
+            widest = max(row["kl"] for name, row in methods.items() if "pairs" not in name)
+            errors = {f"{kl:.2f}": [frontier_error(frontier, kl) for frontier in frontiers] for kl in (1, 3, widest)}
+            results = {"methods": methods, "means": over_seeds(methods), "frontier": limit_points(*frontiers), "frontier_error": errors,
+                       "reward_model_and_bayes_accuracy": accuracies, "config": {**asdict(scale), "seeds": list(seeds)},
+                       "seconds": time.time() - started}
+            write_json(out / "sweep.json", results)
     plot_sweep(results, out / "sweep.png")
     print_table(results["means"])
     print("Accuracy of reward model / Bayes-optimal, by seed:", *(f"{model:.3f} / {bayes:.3f}" for model, bayes in accuracies),

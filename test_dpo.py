@@ -2951,6 +2951,18 @@ def test_demonstration_writes_what_it_promises(tmp_path, capsys):
     assert "efficiency" in printed and "tiny" in printed and str(tmp_path / "frontier.png") in printed
 
 
+@pytest.mark.slow
+def test_world_with_further_processes():
+    """Sampling the limit in a process beside gives the same world, to the last completion. Rejected: another seed."""
+    alone = dpo.make_world(dpo.Scale(**TINY), seed=3)
+    with dpo.two_processes() as pool:
+        def check(seed):
+            world = dpo.make_world(dpo.Scale(**TINY), seed, pool)
+            assert (world.truth["reward"] == alone.truth["reward"]).all() and (world.pairs.chosen == alone.pairs.chosen).all()
+        check(3)
+        rejects(check, 4)
+
+
 def test_readme_points_at_the_code():
     """Each link [name](dpo.py#Ln) of the README leads to the line that defines the name."""
     here = os.path.dirname(os.path.abspath(dpo.__file__))
