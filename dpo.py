@@ -643,13 +643,13 @@ def onednn_products(model):
     idle: there a product takes half the time, and a DPO step two thirds.
 
     PyTorch (from 2.9 on) uses oneDNN for float32 only where factors may be rounded to bfloat16. So we allow that, try whether this
-    CPU really rounds, and take it back if it does. For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it
-    for good. Therefore models below 2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that shapes recur: a
+    CPU really rounds, and take it back if it does. For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it,
+    a thousand of them at most. Therefore models below 2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that shapes recur: a
     step takes 7% less time, and memory stays flat.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     before = getattr(settings, "fp32_precision", None)                           # None: PyTorch before 2.9
-    if before is None or sum(parameter.numel() for parameter in model.parameters()) < 2 ** 19:
+    if before is None or next(model.parameters()).device.type != "cpu" or sum(p.numel() for p in model.parameters()) < 2 ** 19:
         yield
         return
     try:
@@ -735,7 +735,9 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
     config, device, B = model.config, next(model.parameters()).device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     T = int(lengths.max()) + max_new_tokens
-    tokens = torch.tensor([[*prompt, *[-1] * (T - len(prompt))] for prompt in prompts], device=device)                # -1: not known yet
+    tokens = torch.full((B, T), -1, device=device)                                              # -1: not known yet
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
     cache = torch.empty(config.n_layer, 2, T, config.n_head, config.n_embd // config.n_head, B, device=device,
@@ -1924,7 +1926,7 @@ class World:
 def make_world(scale: Scale, seed: int, pool=None) -> World:
     """Corpus, tokenizer, SFT, preferences, and the analytic limit on held-out prompts. The corpus is of films and some meals, all
     else of films: so notebook 4 can ask what preferences of films are worth on meals.
-    pool: further processes (`two_processes`), to sample the limit while this one samples the preferences."""
+    pool: what `two_processes` gives: one of them samples the limit while this process samples the preferences."""
     torch.manual_seed(seed)
     rng, started, seconds = random.Random(seed), time.time(), {}
 
@@ -1941,15 +1943,18 @@ def make_world(scale: Scale, seed: int, pool=None) -> World:
     prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
     held_out = sample_prompts(seed + 2000, scale.held_out, held_out=True)
     arguments, threads = (tokenizer, held_out, scale.limit_samples, seed), torch.get_num_threads()
-    if pool:        # send a copy: sending moves the weights to shared memory, in a thread of its own, while we sample from them here
+    if pool:        # a copy, for sending moves weights to shared memory, in the background, and ours are in use meanwhile
         truth = pool.submit(sample_limit, copy.deepcopy(reference), *arguments)
         torch.set_num_threads(max(1, threads // 2))
     preferences, _ = sample_preferences(reference, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, scale.per_prompt, seed)
     pairs = encode_pairs(tokenizer, preferences, BLOCK_SIZE)
     lap("preferences")
-    truth = truth.result() if pool else sample_limit(reference, *arguments)
-    torch.set_num_threads(threads)
-    lap("analytic limit")
+    if pool:
+        truth = truth.result()
+        torch.set_num_threads(threads)
+    else:
+        truth = sample_limit(reference, *arguments)
+    lap("analytic limit")                                                        # with a pool, what was left to wait
     return World(scale, seed, tokenizer, reference, [encode(tokenizer, prompt) for prompt in prompts], pairs, held_out, truth,
                  build_frontier(truth["reward"]), {"SFT": history}, seconds, {})
 
@@ -2040,8 +2045,8 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
     world.histories[stage] = train_ppo(
         policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
         lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch if reward_model is not None else None)
-    for row in world.histories[stage]:
-        row["learnt_reward"] = row["reward"] * std.item() + mean.item()
+    for row in world.histories[stage]:                                           # in its own units; completions without EOS as PPO has them
+        row["gold_reward" if reward_model is None else "learnt_reward"] = row["reward"] * std.item() + mean.item()
     return policy
 
 
@@ -2074,7 +2079,7 @@ def measure(world: World, name: str, run, **options) -> tuple[GPT, dict]:
 
 def measure_all(world: World, jobs: list, pool=None) -> tuple[dict, dict]:
     """`measure` for each (name, run, options) -> rows and example completions by name; histories and checks go to `world`.
-    pool: of `two_processes`, which share the jobs; else one is made."""
+    pool: what `two_processes` gives; without one it makes its own. On a GPU the jobs run here, one after another."""
     with contextlib.nullcontext(pool) if pool else two_processes() as pool:
         results = list((pool.map if pool else map)(work, [(world, *job) for job in jobs]))
     for _, _, _, histories, checks in results:
@@ -2092,20 +2097,22 @@ def two_processes():
     threads = max(1, torch.get_num_threads() // 2)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_worker, (threads,)) as pool:
         for _ in range(2):
-            pool.submit(os.getpid)                                               # starts one; until it is ready, two seconds pass
+            pool.submit(os.getpid)                                               # any small job: it starts a process, in two seconds
         yield pool
 
 
 def start_worker(threads: int):
     """What each of `two_processes` does first."""
     torch.set_num_threads(threads)
-    line = multiprocessing.current_process()._identity[0] % 2
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                                 # Ctrl-C ends it at once, without a traceback
+    line = 1 + multiprocessing.current_process()._identity[0] % 2
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=line)        # each process draws its bars on its own line
 
 
 def work(job):
-    """One job of `measure_all`, in its process -> name, row, examples, and the world's histories and checks."""
+    """One job of `measure_all`, in its process -> name, row, examples, and the histories and checks that it adds."""
     world, name, run, options = job
+    world = replace(world, histories={}, checks={})                              # to return only what this job adds
     policy, row = measure(world, name, run, **options)
     return name, row, examples(policy, world), world.histories, world.checks
 

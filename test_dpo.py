@@ -22,6 +22,7 @@ Ten mistakes seen in public DPO and RLHF code, each planted below, and the test 
     ratio not 1 on the first minibatch         test_ppo_ratio_starts_at_one
 """
 import concurrent.futures
+import contextlib
 import copy
 import importlib
 import inspect
@@ -2952,15 +2953,41 @@ def test_demonstration_writes_what_it_promises(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_world_with_further_processes():
-    """Sampling the limit in a process beside gives the same world, to the last completion. Rejected: another seed."""
-    alone = dpo.make_world(dpo.Scale(**TINY), seed=3)
+def test_further_processes_change_nothing(monkeypatch):
+    """With `two_processes` the world is the same to the last completion, one of them having sampled its limit, and so are the rows of
+    its jobs. A job done again replaces its history. Rejected: a limit of another seed; jobs that return histories of others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    jobs, submitted = [("DPO", dpo.run_preferences, {"steps": 6}), ("Preferred-FT", dpo.run_preferences, {"loss": "sft", "steps": 6})], []
+    alone = dpo.make_world(dpo.Scale(**TINY), 3)
     with dpo.two_processes() as pool:
-        def check(seed):
-            world = dpo.make_world(dpo.Scale(**TINY), seed, pool)
-            assert (world.truth["reward"] == alone.truth["reward"]).all() and (world.pairs.chosen == alone.pairs.chosen).all()
-        check(3)
-        rejects(check, 4)
+        submit = pool.submit
+        monkeypatch.setattr(pool, "submit", lambda job, *more: submitted.append(job) or submit(job, *more))
+        world = dpo.make_world(dpo.Scale(**TINY), 3, pool)
+        assert submitted == [dpo.sample_limit]
+        rows, _ = dpo.measure_all(world, jobs, pool)
+
+    def same_limit(truth):
+        assert all((truth[name] == values).all() for name, values in alone.truth.items())
+    assert world.pairs.completions.ids == alone.pairs.completions.ids and (world.pairs.chosen == alone.pairs.chosen).all()
+    same_limit(world.truth)
+    rejects(same_limit, dpo.sample_limit(alone.reference, alone.tokenizer, alone.held_out, TINY["limit_samples"], seed=4))
+    monkeypatch.setattr(dpo, "two_processes", contextlib.nullcontext)            # one after another, here
+
+    def again(work):
+        monkeypatch.setattr(dpo, "work", work)
+        for steps in (6, 4):
+            here, _ = dpo.measure_all(alone, [(name, run, {**options, "steps": steps}) for name, run, options in jobs])
+            assert steps == 4 or all(here[name][key] == row[key] for name, row in rows.items() for key in ("reward", "kl", "length"))
+        assert [len(alone.histories[name]) for name in ("DPO", "Preferred-FT")] == [4, 4]
+    right = dpo.work
+    again(right)
+
+    def returns_all(job):
+        old = dict(job[0].histories)
+        *result, histories, checks = right(job)
+        return *result, {**histories, **{name: old[name] for name in old if name != job[1]}}, checks
+    rejects(again, returns_all)
 
 
 def test_readme_points_at_the_code():
