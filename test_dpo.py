@@ -2979,7 +2979,7 @@ def test_further_processes_change_nothing(monkeypatch):
         for steps in (6, 4):
             here, _ = dpo.measure_all(alone, [(name, run, {**options, "steps": steps}) for name, run, options in jobs])
             assert steps == 4 or all(here[name][key] == row[key] for name, row in rows.items() for key in ("reward", "kl", "length"))
-        assert [len(alone.histories[name]) for name in ("DPO", "Preferred-FT")] == [4, 4]
+            assert [len(alone.histories[name]) for name in ("DPO", "Preferred-FT")] == [steps, steps]
     right = dpo.work
     again(right)
 
