@@ -2045,7 +2045,7 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
     world.histories[stage] = train_ppo(
         policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
         lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch if reward_model is not None else None)
-    for row in world.histories[stage]:                                           # in its own units; completions without EOS as PPO has them
+    for row in world.histories[stage]:                                           # in its own units; unfinished completions capped
         row["gold_reward" if reward_model is None else "learnt_reward"] = row["reward"] * std.item() + mean.item()
     return policy
 
@@ -2097,7 +2097,7 @@ def two_processes():
     threads = max(1, torch.get_num_threads() // 2)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_worker, (threads,)) as pool:
         for _ in range(2):
-            pool.submit(os.getpid)                                               # any small job: it starts a process, in two seconds
+            pool.submit(os.getpid)                                               # any small job starts a process, which takes two seconds
         yield pool
 
 
