@@ -643,9 +643,9 @@ def onednn_products(model):
     idle: there a product takes half the time, and a DPO step two thirds.
 
     PyTorch (from 2.9 on) uses oneDNN for float32 only where factors may be rounded to bfloat16. So we allow that, try whether this
-    CPU really rounds, and take it back if it does. For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it,
-    a thousand of them at most. Therefore models below 2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that shapes recur: a
-    step takes 7% less time, and memory stays flat.
+    CPU really rounds, and take it back if it does. For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it, a
+    thousand of them at most. Therefore models below 2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that
+    shapes recur: a step takes 7% less time, and memory stays flat.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     before = getattr(settings, "fp32_precision", None)                           # None: PyTorch before 2.9
