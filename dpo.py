@@ -1943,8 +1943,8 @@ def make_world(scale: Scale, seed: int, pool=None) -> World:
     prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
     held_out = sample_prompts(seed + 2000, scale.held_out, held_out=True)
     arguments, threads = (tokenizer, held_out, scale.limit_samples, seed), torch.get_num_threads()
-    if pool:        # a copy, for sending moves weights to shared memory, in the background, and ours are in use meanwhile
-        truth = pool.submit(sample_limit, copy.deepcopy(reference), *arguments)
+    if pool:                                                                     # a copy: sending moves weights, in the background,
+        truth = pool.submit(sample_limit, copy.deepcopy(reference), *arguments)  # to shared memory, and ours are in use meanwhile
         torch.set_num_threads(max(1, threads // 2))
     preferences, _ = sample_preferences(reference, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, scale.per_prompt, seed)
     pairs = encode_pairs(tokenizer, preferences, BLOCK_SIZE)
@@ -2045,7 +2045,7 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
     world.histories[stage] = train_ppo(
         policy, None if ppo.group else with_scalar_head(policy), world.reference, world.prompts,
         lambda *texts: (raw(*texts) - mean) / std, ppo, training, stage, watch if reward_model is not None else None)
-    for row in world.histories[stage]:                                           # in its own units; unfinished completions capped
+    for row in world.histories[stage]:                                           # its reward without the normalisation
         row["gold_reward" if reward_model is None else "learnt_reward"] = row["reward"] * std.item() + mean.item()
     return policy
 
