@@ -31,7 +31,6 @@ Read from top to bottom; each section uses only what stands above it.
     sigma, s(z)                       F.logsigmoid is its log
     pi* = pi_ref e^{r/beta} / Z       analytic_limit
 """
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -194,8 +193,7 @@ def is_held_out(prompt: str) -> bool:
 
 def sample_prompts(seed: int, n: int, held_out: bool, domain: str = "film") -> list[tuple[str, str]]:
     """n (prompt, reference completion) on one side of the split; held-out ones are all different."""
-    rng, found = random.Random(seed), []
-    seen = set()
+    rng, found, seen = random.Random(seed), [], set()
     while len(found) < n:
         prompt, completion = cut_review(rng, sample_review(rng, domain))
         if is_held_out(prompt) == held_out and not (held_out and prompt in seen):
@@ -215,9 +213,9 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encoding:
     """Learn byte-pair merges from `texts`; return a tiktoken.Encoding with `<|endoftext|>` as its last id.
 
-    The 256 bytes are the first tokens, so any text can be encoded; then the most frequent adjacent pair becomes a token,
-    again and again, until vocab_size - 1 tokens stand. Words are cut first (merges never cross a word), and each distinct
-    word is merged once, however often it occurs. The id of a token is its rank: lower ranks merge first.
+    The 256 bytes are the first tokens, so any text can be encoded (and vocab_size is 257 at least); then the most frequent adjacent
+    pair becomes a token, again and again, until vocab_size - 1 tokens stand. Words are cut first (merges never cross a word), and
+    each distinct word is merged once, however often it occurs. The id of a token is its rank: lower ranks merge first.
     """
     counts = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text) if len(word) <= 64)
     if len(counts) > 8192:
@@ -320,15 +318,11 @@ def attention_of_newest(qkv, cache, t: int):
     return (weights[:, :, None] * values).sum(0).flatten(0, 1).t().contiguous()
 
 
-def onednn_allowed() -> bool:
-    """Whether we are within `onednn_products`, and it has taken effect."""
-    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == "bf16"
-
-
 def fill(rows):
-    """Row numbers (n,); for oneDNN, and as many zeros as make n a multiple of 64: idle rows, that nobody asks for. See
-    `onednn_products`."""
-    return F.pad(rows, (0, -len(rows) % 64)) if onednn_allowed() else rows
+    """Row numbers (n,); where `onednn_products` has taken effect, and as many zeros as make n a multiple of 64: idle rows, that
+    nobody asks for."""
+    onednn = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == "bf16"
+    return F.pad(rows, (0, -len(rows) % 64)) if onednn else rows
 
 
 def take(x, rows):
@@ -347,13 +341,30 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
 
-    def forward(self, x, attend, rows=None):
-        """x (..., C) -> (..., C). All but attend(qkv (..., 3C), rows) treats every place alone. rows (M,), of x (N, C): return these
+    def forward(self, x, attend, kept=None):
+        """x (..., C) -> (..., C). All but attend(qkv (..., 3C), kept) treats every place alone. kept (M,), rows of x (N, C): return these
         alone, (M, C); the others still serve as keys and values. A reward model reads one place a text: 1.2 times as fast a step."""
-        y = self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x)), rows))
-        x = (x if rows is None else take(x, rows)) + F.dropout(y, self.dropout, self.training)
+        y = self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x)), kept))
+        x = (x if kept is None else take(x, kept)) + F.dropout(y, self.dropout, self.training)
         y = self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
         return x + F.dropout(y, self.dropout, self.training)
+
+
+SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def find_model(name) -> Path:
+    """A model's directory. GPT-2's public names are looked up in Hugging Face's cache; nothing is fetched."""
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name) not in SIZES:
+        raise ValueError(f"{name}: no such directory, and not one of {', '.join(SIZES)}")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub").expanduser()
+    for config in [c for owner in ("openai-community--", "") for c in hub.glob(f"models--{owner}{name}/snapshots/*/config.json")]:
+        if list(config.parent.glob("model*.safetensors")):
+            return config.parent
+    raise ValueError(f"{name}: not in Hugging Face's cache ({hub}), and nothing is fetched here; where there is a network, `hf download "
+                     f"openai-community/{name} config.json model.safetensors tokenizer.json --local-dir {name}`, and bring that directory")
 
 
 class GPT(nn.Module):
@@ -401,7 +412,7 @@ class GPT(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         caches = (cache[layer] for layer in range(self.config.n_layer))          # attend is called once in each layer, in order
 
-        def attend(qkv, rows=None):                                              # (B, T, 3C) -> (B, T, C); flat (N, 3C) -> (N or M, C)
+        def attend(qkv, kept=None):                                              # (B, T, 3C) -> (B, T, C); flat (N, 3C) -> (N or M, C)
             if cache is not None and start:                                      # one token a row, behind a filled cache
                 return attention_of_newest(qkv[:, 0], next(caches), start)[:, None]
             if flat:                                                             # attention alone needs the rectangle back
@@ -410,7 +421,7 @@ class GPT(nn.Module):
             if cache is not None:                                                # an empty one
                 next(caches)[:, :T] = torch.stack((k, v)).permute(0, 3, 2, 4, 1)             # (2, T, nh, hs, B)
             y = attention(q, k, v, dropout).transpose(1, 2)
-            return take(y.reshape(B * T, -1), at if rows is None else at[rows]) if flat else y.reshape(B, T, -1)
+            return take(y.reshape(B * T, -1), at if kept is None else at[kept]) if flat else y.reshape(B, T, -1)
 
         embeddings = self.wte(tokens) if embeddings is None else embeddings
         x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
@@ -419,7 +430,7 @@ class GPT(nn.Module):
         x = self.ln_f(self.h[-1](x, attend, kept))                               # flat: (M, C), for no later layer asks for the others
         if keep is not None:
             x = take(x, copies) if flat else x[keep]
-        x = F.linear(x, self.wte.weight) if self.score is None else self.score(x)
+        x = F.linear(x, self.wte.weight) if self.score is None else self.score(x).to(torch.promote_types(x.dtype, torch.float32))
         return x[:wanted] if flat else x
 
     def save_pretrained(self, directory, tensors=None):
@@ -438,10 +449,10 @@ class GPT(nn.Module):
             "tie_word_embeddings": True, **({} if self.score is None else {"num_labels": self.score.out_features})})
 
     @classmethod
-    def from_pretrained(cls, directory, n_outputs: int | None = None):
-        """Read a GPT-2 in Hugging Face's layout: a directory with config.json and model.safetensors, or its shards. n_outputs
-        replaces the head of a language model by a new one of that width; a saved head is kept."""
-        directory = Path(directory)
+    def from_pretrained(cls, name_or_dir, n_outputs: int | None = None):
+        """Read a GPT-2 in Hugging Face's layout: a directory with config.json and model.safetensors, or its shards; or one of SIZES
+        by its name. n_outputs replaces the head of a language model by a new one of that width; a saved head is kept."""
+        directory = find_model(name_or_dir)
         if not (directory / "config.json").is_file():
             raise ValueError(f"{directory}: no config.json there; a model is a directory with config.json and model.safetensors")
         config = json.loads((directory / "config.json").read_text())
@@ -475,7 +486,7 @@ def distinct_prefixes(tokens, keep):
     """
     needed = keep.flip(1).cumsum(1).flip(1) > 0                                  # (B, T): kept, or left of a kept one
     # tokens[:, :t+1] as one number: the sum of (token + 1) * (a random number of its column), modulo 2^64; two that differ agree
-    # with a chance of 2^-64. numpy draws the random numbers, for torch's generator belongs to the user
+    # with a chance near 2^-60. numpy draws the random numbers, for torch's generator belongs to the user
     columns = torch.from_numpy(np.random.default_rng(0).integers(2 ** 63, size=tokens.shape[1])).to(tokens.device)
     prefix = torch.where(needed, ((tokens + 1) * columns).cumsum(1), 0).flatten()
     states, state = prefix.unique(return_inverse=True)
@@ -667,18 +678,18 @@ def progress_bar(shown: bool, *arguments, **options):
 
 
 @torch.no_grad()
-def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512, rows=None) -> torch.Tensor:
-    """function(tokens, mask) -> (B,) of n completions, batch by batch and without gradient -> (n,) float32 on the CPU. rows: of these
-    alone, 0 for the others. Sorted by length, for little padding."""
+def in_batches(function, model, prompts: list, completions: list, batch_size: int = 512, rows=None, progress=None) -> torch.Tensor:
+    """function(model, tokens, mask) -> (B,) of n completions, batch by batch and without gradient -> (n,) float32 on the CPU. rows: of
+    these alone, 0 for the others. Sorted by length, for little padding. progress: the name of a progress bar."""
     model.eval()
     device, values = next(model.parameters()).device, torch.zeros(len(prompts))
     order = sorted(range(len(prompts)) if rows is None else rows, key=lambda i: len(prompts[i]) + len(completions[i]))
     longest = max([1, *(len(completions[i]) for i in order)])
     batch_size = max(1, min(batch_size, 2 ** 28 // (longest * model.config.vocab_size)))        # logits of 1 GB at most
-    for start in range(0, len(order), batch_size):
+    for start in progress_bar(progress is not None, range(0, len(order), batch_size), desc=progress, unit="batch"):
         batch = order[start:start + batch_size]
         with mixed_precision(device), onednn_products(model):
-            values[batch] = function(*pad([prompts[i] for i in batch], [completions[i] for i in batch], device)).float().cpu()
+            values[batch] = function(model, *pad([prompts[i] for i in batch], [completions[i] for i in batch], device)).float().cpu()
     return values
 
 
@@ -689,7 +700,7 @@ def mixed_precision(device):
 
 def completion_logps(model, prompts: list, completions: list, **options) -> torch.Tensor:
     """log pi(completion | prompt) of lists of ids, without gradient -> (n,). options: of `in_batches`."""
-    return in_batches(lambda tokens, mask: sequence_logps(model, tokens, mask), model, prompts, completions, **options)
+    return in_batches(sequence_logps, model, prompts, completions, **options)
 
 
 def completion_logratios(policy, reference, prompts: list, completions: list) -> torch.Tensor:
@@ -848,7 +859,8 @@ class Run:
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
             memory.update(saved["memory"])
-            random_state(saved["random"])
+            torch.set_rng_state(saved["random"][0])
+            torch.cuda.set_rng_state_all(saved["random"][1:1 + torch.cuda.device_count()])
             self.last_good = saved["step"]
         if self.out and process()[0] == 0:
             path = self.out / "metrics.jsonl"
@@ -873,7 +885,7 @@ class Run:
         self.last_good = step
         if process()[0] == 0:
             checkpoint = {"settings": self.settings, "model": tensors, "optimizer": state, "schedule": schedule.state_dict(),
-                          "step": step, "random": random_state(), "memory": memory}
+                          "step": step, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "memory": memory}
             replace_file(self.out / "checkpoint.pt", lambda draft: torch.save(checkpoint, draft))
             self.export(tensors)
 
@@ -892,18 +904,6 @@ class Run:
         lines = sorted({int(self.lines[row]) for batch in micro_batches for row in batch.get("data", ())})
         return (f"; the batch's lines: {', '.join(map(str, lines))}; " + (
             f"the last good checkpoint, {self.out}, has {self.last_good} steps" if self.last_good else "there is no checkpoint yet"))
-
-
-def random_state(saved=None) -> dict:
-    """The state of Python's, numpy's and torch's generators; with an argument, put them back into that state."""
-    if saved:
-        random.setstate(saved["python"])
-        np.random.set_state((saved["numpy"][0], np.array(saved["numpy"][1], np.uint32), *saved["numpy"][2:]))
-        torch.set_rng_state(saved["torch"])
-        torch.cuda.set_rng_state_all(saved["cuda"][:torch.cuda.device_count()])
-    name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def process() -> tuple[int, int]:
@@ -932,6 +932,7 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(    # the smaller of a rising and a falling line
         (step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0))
     first = run.start(saved, parameters, optimizer, schedule, memory)
+    del saved                                                                    # as large as weights and moments together
     with onednn_products(model), stop_signals(run.out is not None) as told_to_stop, progress_bar(
             not quiet and process()[0] == 0, range(first, training.steps), desc=stage, initial=first, total=training.steps) as bar:
         for step in bar:
@@ -1008,7 +1009,10 @@ def spread(model, loss, run: Run):
         return LossOf(model, loss)
     if not run.fsdp:
         return nn.parallel.DistributedDataParallel(LossOf(model, loss))          # each process has a copy
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise ValueError("--fsdp needs PyTorch 2.6 or newer") from None
     for gpt in gpts:                                                             # each process has a part of every layer
         for block in gpt.h:
             fully_shard(block)
@@ -1099,7 +1103,7 @@ def logistic(x):
 
 def bradley_terry_label(rewards_a, rewards_b, rng: np.random.Generator) -> np.ndarray:
     """Whether a beats b, drawn with P(a > b) = s(r_a - r_b). rewards (n,) -> bool (n,)."""
-    return rng.random(len(rewards_a)) < logistic(np.asarray(rewards_a) - np.asarray(rewards_b))
+    return rng.random(np.shape(rewards_a)) < logistic(np.asarray(rewards_a) - np.asarray(rewards_b))
 
 
 def sample_preferences(model, tokenizer, prompts: list[str], reward, max_new_tokens: int, per_prompt: int = 4, seed: int = 0):
@@ -1107,17 +1111,14 @@ def sample_preferences(model, tokenizer, prompts: list[str], reward, max_new_tok
     each of their per_prompt (per_prompt - 1) / 2 pairs: drawn from Bradley-Terry, where in the paper's experiment on film reviews
     the greater reward(prompt, completion) always wins.
     Returns the list of Preference, and the pairs' Bayes-optimal accuracy: mean s(|r_w - r_l|), what the true reward scores."""
-    rng = np.random.default_rng(seed)
     first, second = np.triu_indices(per_prompt, 1)
     ids = [encode(tokenizer, prompt) for prompt in prompts for _ in range(per_prompt)]
     texts = [decode(tokenizer, c) for c in generate(model, ids, max_new_tokens, progress="preferences")]
     rewards = np.array([reward(prompts[i // per_prompt], text) for i, text in enumerate(texts)]).reshape(-1, per_prompt)
-    wins = bradley_terry_label(rewards[:, first].ravel(), rewards[:, second].ravel(), rng).reshape(-1, len(first))
-    pairs = []
-    for i, prompt in enumerate(prompts):
-        for a, b, a_wins in zip(first, second, wins[i]):
-            a, b = (a, b) if a_wins else (b, a)
-            pairs.append(Preference(prompt, texts[i * per_prompt + a], texts[i * per_prompt + b]))
+    wins = bradley_terry_label(rewards[:, first], rewards[:, second], np.random.default_rng(seed))                  # (P, pairs)
+    chosen, rejected = np.where(wins, first, second), np.where(wins, second, first)
+    pairs = [Preference(prompt, texts[i * per_prompt + w], texts[i * per_prompt + l])
+             for i, prompt in enumerate(prompts) for w, l in zip(chosen[i], rejected[i])]
     return pairs, float(logistic(np.abs(rewards[:, first] - rewards[:, second])).mean())
 
 
@@ -1138,14 +1139,12 @@ def load_preferences(path) -> list[Preference]:
 def read_preferences(path):
     """Yield what `load_preferences` returns, line by line: for files larger than memory."""
     for number, record in read_jsonl(path):
-        fields = {}
-        for name in ("prompt", "chosen", "rejected"):
-            fields[name] = text_field(record, name, f"{path}:{number}")
-        conversations, turns = [isinstance(record[name], list) for name in fields], record["prompt"]
-        if any(conversations) and not (all(conversations) and record["chosen"][:len(turns)] != turns != record["rejected"][:len(turns)]):
+        fields = {name: text_field(record, name, f"{path}:{number}") for name in ("prompt", "chosen", "rejected")}
+        chat, turns = [isinstance(record[name], list) for name in fields], record["prompt"]
+        if any(chat) and not (all(chat) and turns not in (record["chosen"][:len(turns)], record["rejected"][:len(turns)])):
             raise ValueError(f"{path}:{number}: prompt, chosen and rejected must be all texts or all lists of messages, and chosen and "
                              "rejected must hold only what follows the prompt")
-        if isinstance(record["prompt"], list):                                   # the answer follows the prompt's turns
+        if all(chat):                                                            # the answer follows the prompt's turns
             fields["chosen"], fields["rejected"] = "\n\n" + fields["chosen"], "\n\n" + fields["rejected"]
         yield Preference(**fields, line=number)
 
@@ -1246,7 +1245,7 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
     whole. A prompt too long for the block is cut on the left. A completion that does not fit is a ValueError, "path:line: ...",
     or its pair is left out. Texts are forgotten as soon as their ids are known: eight bytes of hash tell known ones."""
     prompts, completions, row_of = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), {}
-    columns, cut, left_out = [array("q") for _ in range(5)], 0, 0
+    found, cut, left_out = array("q"), 0, 0                                      # found: five numbers a pair
     digest = lambda text: int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     for number, pair in enumerate(preferences, 1):
         where = f"{path}:{pair.line or number}"
@@ -1263,16 +1262,15 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
             raise ValueError(f"{where}: the {longest} completion has {len(sides[longest])} tokens; with a prompt it must fit in "
                              f"{block_size} (--skip-long leaves such pairs out)")
         cut += len(prompt) > room
-        for column, completion in zip(columns, sides.values()):
+        for completion in sides.values():
             key = digest(f"{prompt[-room:]} {completion}")
             if key not in row_of:
                 row_of[key] = len(prompts)
                 prompts.append(prompt[-room:])
                 completions.append(completion)
-            column.append(row_of[key])
-        for column, value in zip(columns[2:], (digest(pair.prompt), pair.line or number, is_held_out(pair.prompt))):
-            column.append(value)
-    chosen, rejected, prompt_hash, lines, held_out = map(np.array, columns)
+            found.append(row_of[key])
+        found.extend((digest(pair.prompt), pair.line or number, is_held_out(pair.prompt)))
+    chosen, rejected, prompt_hash, lines, held_out = np.array(found).reshape(-1, 5).T.copy()
     counts = {"duplicates": len(chosen) - len(np.unique(np.stack([chosen, rejected]), axis=1).T),
               "pairs with chosen == rejected": int((chosen == rejected).sum()),
               "pairs with a cut prompt": cut,
@@ -1388,7 +1386,8 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
     device, rows = next(model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
     seen = [rows(step) for step in range(min(training.steps, -(-len(pairs) // training.batch_size)))]       # one epoch at most
     reference_logps = completion_logps(reference, pairs.prompts, pairs.completions, batch_size=min(512, 2 * training.micro_batch),
-                                       rows=pairs.subset(np.concatenate(seen)).rows()).to(device)           # (R,)
+                                       rows=pairs.subset(np.concatenate(seen)).rows(),                      # (R,)
+                                       progress=None if options.get("quiet") or process()[0] else "reference").to(device)
     lengths = torch.tensor([len(completion) for completion in pairs.completions], device=device)      # (R,)
 
     def preference_loss(model, batch):
@@ -1402,10 +1401,7 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
         margins = chosen_rewards - rejected_rewards
         return losses.sum(), {"chosen_reward": chosen_rewards.sum(), "rejected_reward": rejected_rewards.sum(),
                               "margin": margins.sum(), "accuracy": right(margins).sum()}
-
-    def batches(step):
-        return pair_batches(pairs, rows(step), training, device)
-    return fit(stage, model, batches, preference_loss, training, **options)
+    return fit(stage, model, lambda step: pair_batches(pairs, rows(step), training, device), preference_loss, training, **options)
 
 
 # ======================================================================================================================
@@ -1497,14 +1493,13 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
     Source: arXiv 2405.11870; its equations and its released code disagree, this is the code's meaning, but that the code reads
     embeddings frozen at the start, and gamma = 0 is a case of its own, not the limit of 4 and 5:
     """
-    response, at, embeddings = mask.bool(), predicting(mask), None
+    embeddings = None
     if lam:
         with torch.no_grad():
             guess = F.pad(model(tokens).argmax(-1)[:, :-1], (1, 0))                             # 1. the model's word for each position
             own, guessed = model.wte(tokens), model.wte(guess)
-            embeddings = torch.where(response[..., None], (1 - lam) * own + lam * guessed, own)  # 2. is mixed into its input
-    logps = -F.cross_entropy(model(tokens, embeddings=embeddings)[at].float(), tokens[predicted(mask)], reduction="none")
-    losses = logps.new_zeros(tokens.shape).masked_scatter(predicted(mask), -logps)              # 3. l_t
+            embeddings = torch.where(mask.bool()[..., None], (1 - lam) * own + lam * guessed, own)     # 2. is mixed into its input
+    losses = -token_logps(lambda tokens: model(tokens, embeddings=embeddings), tokens, mask)     # 3. l_t
     if gamma == 0:
         return (losses.sum(1) / predicted(mask).sum(1)).mean()
     to_come, c = torch.zeros_like(losses[:, 0]), []
@@ -1551,8 +1546,7 @@ def last_response_token(mask):
 
 def reward_scores(reward_model, tokens, mask):
     """The reward model's score of each row, read at the response's last token. tokens, mask (B,T) -> (B,)."""
-    scores = reward_model(tokens, last_response_token(mask)).squeeze(-1)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return reward_model(tokens, last_response_token(mask)).squeeze(-1)
 
 
 def train_reward_model(reward_model, pairs: Pairs, training: Training, **options):
@@ -1563,15 +1557,12 @@ def train_reward_model(reward_model, pairs: Pairs, training: Training, **options
         scores = reward_scores(model, batch["tokens"], batch["mask"])
         margins = scores[batch["chosen"]] - scores[batch["rejected"]]
         return -F.logsigmoid(margins).sum(), {"accuracy": right(margins).sum()}
-
-    def batches(step):
-        return pair_batches(pairs, rows(step), training, device)
-    return fit("reward model", reward_model, batches, loss, training, **options)
+    return fit("reward model", reward_model, lambda step: pair_batches(pairs, rows(step), training, device), loss, training, **options)
 
 
 def score_completions(reward_model, prompts: list, completions: list, **options) -> torch.Tensor:
     """Scores of lists of ids, without gradient -> (n,). options: of `in_batches`."""
-    return in_batches(lambda tokens, mask: reward_scores(reward_model, tokens, mask), reward_model, prompts, completions, **options)
+    return in_batches(reward_scores, reward_model, prompts, completions, **options)
 
 
 # PPO. The policy's move is the next token, its state the text so far. In numbers:
@@ -1606,8 +1597,8 @@ class PPO:
 
     def __post_init__(self):
         if self.rollout % self.minibatch or self.group == 1 or self.group and self.rollout % self.group:
-            raise ValueError(f"a rollout of {self.rollout} is not a multiple of the minibatch, {self.minibatch}, "
-                             f"or of a group of two or more, {self.group}")
+            raise ValueError(f"a rollout of {self.rollout} completions is not a multiple of the minibatch, {self.minibatch}"
+                             + f", or of a group of two or more, {self.group}" * bool(self.group))
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -1672,8 +1663,8 @@ def kl_estimates(policy_logps, reference_logps):
 def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: float):
     """Steps 1 to 4: a batch of experience. prompts: lists of ids; reward(prompts, completions) -> (n,).
     Returns a dict of (n,T) tensors, a dict of statistics, and the completions."""
-    device = next(policy.parameters()).device
-    prompts = [prompt[ppo.max_new_tokens - policy.config.block_size:] for prompt in prompts]                      # what generate reads
+    device, room = next(policy.parameters()).device, policy.config.block_size - ppo.max_new_tokens
+    prompts = [prompt[-room:] for prompt in prompts]                                                              # what generate reads
     completions = generate(policy, prompts, ppo.max_new_tokens, stop_at_eos=ppo.stop_at_eos)                      # 1
     scores = torch.as_tensor(reward(prompts, completions), dtype=torch.float32, device=device)                    # 2
     ended = torch.tensor([c[-1] == policy.config.eos_token_id or not ppo.stop_at_eos for c in completions], device=device)
@@ -1703,7 +1694,6 @@ def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: floa
 def token_values(critic, tokens, mask):
     """The critic's value of the text before each response token: V is read where that token is predicted. (B,T), 0 elsewhere."""
     values = critic(tokens, predicting(mask)).squeeze(-1)
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values.new_zeros(tokens.shape).masked_scatter(predicted(mask), values)
 
 
@@ -1724,11 +1714,11 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
         rng.bit_generator.state = state["rng"]
         if step % per_rollout == 0:
             state["rows"] = rng.integers(len(prompts), size=ppo.rollout // (ppo.group or 1)).repeat(ppo.group or 1).tolist()
-            chosen = [prompts[i] for i in state["rows"]]
+            drawn = [prompts[i] for i in state["rows"]]
             state["data"], state["statistics"], completions = ppo_rollout(
-                policy, critic, reference, chosen, reward, ppo, state["beta"])
+                policy, critic, reference, drawn, reward, ppo, state["beta"])
             if watch:
-                state["statistics"].update(watch(chosen, completions))
+                state["statistics"].update(watch(drawn, completions))
             if ppo.target_kl:                                                                                     # 6
                 state["beta"] = adapt_beta(state["beta"], state["statistics"]["kl"], ppo.target_kl, ppo.rollout, ppo.kl_horizon)
         if step % (ppo.rollout // ppo.minibatch) == 0:
@@ -1949,11 +1939,8 @@ def make_world(scale: Scale, seed: int, pool=None) -> World:
     preferences, _ = sample_preferences(reference, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, scale.per_prompt, seed)
     pairs = encode_pairs(tokenizer, preferences, BLOCK_SIZE)
     lap("preferences")
-    if pool:
-        truth = truth.result()
-        torch.set_num_threads(threads)
-    else:
-        truth = sample_limit(reference, *arguments)
+    truth = truth.result() if pool else sample_limit(reference, *arguments)
+    torch.set_num_threads(threads)
     lap("analytic limit")                                                        # with a pool, what was left to wait
     return World(scale, seed, tokenizer, reference, [encode(tokenizer, prompt) for prompt in prompts], pairs, held_out, truth,
                  build_frontier(truth["reward"]), {"SFT": history}, seconds, {})
@@ -2030,12 +2017,11 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
     def gold(prompts, completions):
         return torch.tensor([gold_reward(*(decode(world.tokenizer, ids) for ids in text)) for text in zip(prompts, completions)])
 
-    def raw(prompts, completions):
-        return gold(prompts, completions) if reward_model is None else score_completions(reward_model, prompts, completions)
-
     def watch(prompts, completions):
         return {"gold_reward": gold(prompts, completions).mean().item()}
-    sample = raw(*([rows[i].tolist() for i in range(min(4096, len(rows)))] for rows in (world.pairs.prompts, world.pairs.completions)))
+    raw = gold if reward_model is None else functools.partial(score_completions, reward_model)
+    first = range(min(4096, len(world.pairs.prompts)))
+    sample = raw([world.pairs.prompts[i] for i in first], [world.pairs.completions[i] for i in first])
     mean, std = sample.mean(), sample.std()
     # less work than PPO's usual four epochs in minibatches of 128, and better here (two seeds): at beta 4 most, where the reward
     # weighs little
@@ -2106,7 +2092,7 @@ def start_worker(threads: int):
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)                                 # Ctrl-C ends it at once, without a traceback
     line = 1 + multiprocessing.current_process()._identity[0] % 2
-    tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=line)        # each process draws its bars on its own line
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=line)        # from now on each of its bars has its own line
 
 
 def work(job):
@@ -2313,23 +2299,8 @@ def plot_training(histories: dict, path: Path, note=""):
 
 # ---- The stages on your own data and models --------------------------------------------------------------------------
 
-SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 LEARNING_RATES = {"sft": 3e-3, "dpo": 5e-4, "rm": 1e-3, "ppo": 5e-4}             # at width 128; times (128 / width)^2 above
 OURS = {"checkpoint.pt", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-
-
-def find_model(name: str) -> Path:
-    """A model's directory. GPT-2's public names are looked up in Hugging Face's cache; nothing is fetched."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name not in SIZES:
-        raise ValueError(f"{name}: no such directory, and not one of {', '.join(SIZES)}")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub").expanduser()
-    for config in [c for owner in ("openai-community--", "") for c in hub.glob(f"models--{owner}{name}/snapshots/*/config.json")]:
-        if list(config.parent.glob("model*.safetensors")):
-            return config.parent
-    raise ValueError(f"{name}: not in Hugging Face's cache ({hub}), and nothing is fetched here; where there is a network, `hf download "
-                     f"openai-community/{name} config.json model.safetensors tokenizer.json --local-dir {name}`, and bring that directory")
 
 
 def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tuple[GPT, tiktoken.Encoding]:
@@ -2358,7 +2329,7 @@ def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tu
 def held_out_split(held_out, options):
     """bool (N,): which rows are for training: all with --all, or where a split would leave none."""
     held_out = np.array(held_out, bool) & (not options.all)
-    return ~held_out if not held_out.all() else held_out
+    return ~held_out | held_out.all()
 
 
 def report(path, n: int, counts: dict):
@@ -2401,11 +2372,7 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
 
 def checksum(path) -> int:
     """CRC-32 of a file: has it changed since the checkpoint?"""
-    crc = 0
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            crc = zlib.crc32(part, crc)
-    return crc
+    return zlib.crc32(np.memmap(path, np.uint8, "r"))
 
 
 def stage_sft(options, device) -> dict:
@@ -2422,11 +2389,11 @@ def stage_sft(options, device) -> dict:
     for line, text in read_texts(options.data, "text"):
         ids = [*encode(tokenizer, text), tokenizer.eot_token]
         pieces = [ids[start:start + size] for start in range(0, len(ids), size)]
-        if len(pieces) > 1 and len(pieces[-1]) == 1 and size > 2:                # a token alone has nothing to predict it
+        if len(pieces[-1]) == 1:                                                 # a token alone has nothing to predict it
             pieces[-2:] = pieces[-2][:-1], pieces[-2][-1:] + pieces[-1]
         pieces = [piece for piece in pieces if len(piece) > 1]
         n, cut = n + 1, cut + (len(pieces) > 1)
-        seen.add(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        seen.add(hash(text))
         for piece in pieces:
             side, numbers = (rest, rest_lines) if is_held_out(text) and not options.all else (texts, lines)
             side.append(piece)
@@ -2444,7 +2411,7 @@ def stage_sft(options, device) -> dict:
 
 def stage_dpo(options, device) -> dict:
     """`dpo`: fit --init to preference pairs, by DPO or another --loss -> held-out accuracy and margins."""
-    opened = model, tokenizer = open_model(options.init, device)
+    model, tokenizer = opened = open_model(options.init, device)
     reference = open_model(options.reference, device, like=opened)[0] if options.reference else copy.deepcopy(model)
     hyper = loss_settings(options)
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
@@ -2472,7 +2439,7 @@ def loss_settings(options) -> dict:
 
 
 def stage_rm(options, device) -> dict:
-    """`rm`: fit a reward model, --init with a new head, to preference pairs -> held-out accuracy and margins."""
+    """`rm`: fit a reward model to preference pairs, from --init with a new head (a reward model's own stays) -> as `stage_dpo`."""
     model, tokenizer = open_model(options.init, device, n_outputs=1)
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
     training, run = plan(options, model, tokenizer, pairs.lines)
@@ -2499,9 +2466,9 @@ def compare(model, reference, pairs: Pairs, beta: float) -> dict:
 
 def stage_ppo(options, device) -> dict:
     """`ppo`: maximise --reward by PPO from --init, the KL to --init weighed by --beta -> held-out reward and KL."""
-    opened = policy, tokenizer = open_model(options.init, device)
+    policy, tokenizer = opened = open_model(options.init, device)
     reward_model = open_model(options.reward, device, like=opened, scores=True)[0]
-    reference, critic = copy.deepcopy(policy), copy.deepcopy(reward_model)
+    reference, critic = copy.deepcopy(policy), with_scalar_head(policy)
     room = policy.config.block_size - options.max_new_tokens
     if room < 1:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in {policy.config.block_size} tokens")
@@ -2529,7 +2496,7 @@ def stage_ppo(options, device) -> dict:
 
 def stage_eval(options, device) -> dict:
     """`eval`: accuracy and margins of a policy against --reference, or of a reward model, on the held-out pairs."""
-    opened = model, tokenizer = open_model(options.init, device, scores=not options.reference)
+    model, tokenizer = opened = open_model(options.init, device, scores=not options.reference)
     reference = open_model(options.reference, device, like=opened)[0] if options.reference else None
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
     if not options.all and held_out is None:
@@ -2559,7 +2526,8 @@ def stage_sample(options, device) -> dict:
 
 
 TRAIN = " out resume overwrite save-every epochs steps batch-size micro-batch learning-rate fsdp compile"
-STAGES = {                              # name: (function, one line, its options); all take --seed and --beta
+# name: (function, one line, its options); all take --seed and --beta. "init?" and "init+" are --init with other rules, see OPTIONS
+STAGES = {
     "sft": (stage_sft, "imitate texts", "data init? all vocab-size block-size n-layer n-head n-embd dropout" + TRAIN),
     "dpo": (stage_dpo, "learn from preferences", "data init reference all skip-long loss hyper" + TRAIN),
     "rm": (stage_rm, "fit a reward model", "data init all skip-long" + TRAIN),
@@ -2573,7 +2541,7 @@ OPTIONS = {                             # name: (default, help). A type: no defa
     "init": (str, f"the model to start from: a directory, or {', '.join(SIZES)}"),
     "init?": (str, f"start from this directory, or {', '.join(SIZES)}; else from scratch"),
     "init+": ([], "a model; again for each further one"),
-    "reference": (str, "the reference policy; else --init, the first one"),
+    "reference": (str, "the reference policy; else --init, the first one (eval of a reward model: leave it out)"),
     "reward": (str, "the reward model's directory"),
     "prompt": ([], "a text to go on from; again for each further one"),
     "all": (False, "use every row: no tenth of the prompts is held out"),
@@ -2631,28 +2599,25 @@ def add_option(parser, name: str):
 def run_stage(options):
     """One stage, from its arguments to its summary."""
     started, world, local = time.time(), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    cuda, out = torch.cuda.is_available(), getattr(options, "out", None)
+    cuda, out = torch.cuda.is_available(), options.out
     device = f"cuda:{local}" if cuda else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
     if cuda:
         torch.cuda.set_device(local)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     if out:
-        names = {path.name.removesuffix(".part") for path in out.iterdir() if not path.match(LEFTOVER)} if out.is_dir() else set()
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out}: --out is a directory's name, and this is a file")
+        names = {path.name.removesuffix(".part") for path in out.glob("*") if not path.match(LEFTOVER)}
         ours = names <= OURS or "checkpoint.pt" in names                         # others may have put files beside ours
         if names and not options.overwrite and not (options.resume and ours):
             raise ValueError(f"{out}: " + ("holds a run already: --resume goes on with it, --overwrite begins anew" if ours else
                                            "not empty, and not a run of this program: --overwrite writes into it all the same"))
         above = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise ValueError(f"{out}: --out cannot be written")
+            raise ValueError(f"{out}: --out must be a directory that can be written")
         starts = [getattr(options, name, None) for name in ("init", "reference", "reward")]
         if any(find_model(name).resolve() == out.resolve() for name in starts if name):
             raise ValueError(f"{out}: --out would overwrite a model that the run starts from")
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(options.seed)
+    torch.manual_seed(options.seed)
     summary = STAGES[options.stage][0](options, device)
     summary = {"stage": options.stage, **summary, "seconds": round(time.time() - started, 1)}
     if options.stage != "sample" and process()[0] == 0:
@@ -2676,7 +2641,7 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     if options.stage and (sys.argv[1:] if arguments is None else arguments)[0] != options.stage:
         parser.error(f"options before {options.stage} belong to the demonstration; those of the stage stand behind its name")
-    code, scale, note = 0, *((FAST, "fast run, less precise") if options.fast else (Scale(), ""))
+    code, scale, note = 0, FAST if options.fast else Scale(), "fast run, less precise" if options.fast else ""
     try:
         if not options.stage:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -2687,7 +2652,7 @@ def main(arguments=None) -> int:
             sweep(range(options.seed, options.seed + 3), options.out, finer)
         else:
             demonstrate(scale, options.seed, options.out, note)
-    except (FloatingPointError, RunFailed, dist.DistError, RuntimeError, ValueError, OSError) as error:
+    except (FloatingPointError, RunFailed, RuntimeError, ValueError, OSError) as error:
         code = 2 if isinstance(error, (ValueError, OSError)) else 1
         lost = type(error) is RuntimeError or isinstance(error, dist.DistError)
         if lost and process()[1] > 1:

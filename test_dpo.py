@@ -908,6 +908,19 @@ def test_gpt_equals_transformers(tmp_path):
     close(loaded(tokens).logits, model(tokens), tolerance=1e-4)
 
 
+def test_public_names_are_found_in_the_cache(tmp_path, monkeypatch):
+    """from_pretrained("gpt2") reads Hugging Face's cache on this machine, under its new name and its old one; what is not there is one
+    line that says how to get it, and a word that is no name another. Rejected: a size that is not in the cache."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    model, tokens = tiny_gpt(), torch.randint(11, (2, 20))
+    for folder, name in (("models--openai-community--gpt2", "gpt2"), ("models--gpt2-medium", "gpt2-medium")):
+        model.save_pretrained(tmp_path / folder / "snapshots" / "abc")
+        close(GPT.from_pretrained(name)(tokens), model(tokens), tolerance=1e-6)
+    for name, words in (("gpt2-large", "nothing is fetched here"), ("gpt3", "no such directory")):
+        with pytest.raises(ValueError, match=words):
+            GPT.from_pretrained(name)
+
+
 # ---- Log-probabilities -----------------------------------------------------------------------------------------------
 
 
@@ -2699,6 +2712,24 @@ def test_options_of_a_stage_stand_behind_its_name(world, capsys):
         with pytest.raises(SystemExit) as stop:
             run(*first, *command(world, "dpo", "--out", "unused"))
         assert stop.value.code == 2 and "behind its name" in capsys.readouterr().err
+
+
+def test_ppo_does_not_see_a_constant_in_the_reward(world, tmp_path):
+    """Pairs say nothing about a reward's zero: a reward model whose scores are all greater by 5 trains the same policy, for rewards
+    are normalised and the critic starts at 0. Rejected: scores three times as large with the same beta, a cheaper KL."""
+    def history(factor, shift, name):
+        model = GPT.from_pretrained(world / "rm")
+        with torch.no_grad():                                                    # a score is weight . (x + bias): so this adds the shift
+            model.score.weight.mul_(factor)
+            model.ln_f.bias.add_(model.score.weight[0], alpha=shift / model.score.weight.square().sum().item())
+        model.save_pretrained(tmp_path / name)
+        dpo.save_tokenizer(dpo.read_tokenizer(world / "rm"), tmp_path / name)
+        out = tmp_path / f"{name} out"
+        assert run(*command(world, "ppo", "--reward", tmp_path / name, "--beta", 1, "--out", out)) == 0
+        return torch.tensor([[row[key] for key in ("loss", "policy_loss", "value_loss", "kl")] for row in metrics(out)[:-1]])
+    rows = history(1000, 0, "as it is")                                          # 60 pairs taught it rewards of some thousandths
+    close(history(1000, 5, "shifted"), rows, tolerance=1e-5)
+    rejects(lambda factor: close(history(factor, 0, "larger"), rows, tolerance=1e-5), 3000)
 
 
 def test_no_piece_of_a_long_text_loses_its_end(world, tmp_path, monkeypatch):
