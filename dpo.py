@@ -1512,17 +1512,17 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
 
 def by_name(formula):
     """`formula` under the full names of its arguments; a hyper-parameter that it does not have is a TypeError, not ignored."""
-    name, accepted = formula.__name__[1:], inspect.signature(formula).parameters
+    name = formula.__name__[1:]
+    accepted = inspect.signature(formula).parameters.keys() - {"pc", "pr", "rc", "rr", "beta", "_", "chosen_lengths", "rejected_lengths"}
 
     def loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps=None, reference_rejected_logps=None, *, beta=0.1,
              chosen_lengths=None, rejected_lengths=None, **hyper):
-        if unknown := hyper.keys() - loss.settings:
+        if unknown := hyper.keys() - accepted:
             raise TypeError(f"{name} has no hyper-parameter {', '.join(sorted(unknown))}")
         if name in ("orpo", "simpo") and (chosen_lengths is None or rejected_lengths is None):
             raise ValueError(f"{name} needs chosen_lengths and rejected_lengths")
         return formula(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=beta,
                        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **hyper)
-    loss.settings = accepted.keys() - {"pc", "pr", "rc", "rr", "beta", "_", "chosen_lengths", "rejected_lengths"}
     return loss
 
 
@@ -1686,7 +1686,7 @@ def ppo_rollout(policy, critic, reference, prompts, reward, ppo: PPO, beta: floa
         advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)                                      # 4
         advantages = whiten(advantages, mask)
     statistics = {"reward": scores.mean().item(), "kl": (logps - ref).sum(1).mean().item(), "beta": beta,
-                  "length": mask.sum(1).float().mean().item()}
+                  "length": mask.sum(1).float().mean().item(), "ended": ended.float().mean().item()}
     return {"tokens": tokens, "mask": mask, "old_logps": logps, "old_values": values, "returns": returns,
             "advantages": advantages}, statistics, completions
 
@@ -2421,18 +2421,18 @@ def stage_dpo(options, device) -> dict:
 
 
 def loss_settings(options) -> dict:
-    """--hyper NAME=VALUE ... as a dict, tried on a pair so that a bad value is found before anything is written."""
-    hyper = {}
+    """--hyper NAME=VALUE ... as a dict, tried on a pair so that a bad name or value is found before anything is written."""
+    hyper, one = {}, torch.ones(1)
     for setting in options.hyper:
         name, _, value = setting.partition("=")
-        if name not in LOSSES[options.loss].settings:
-            raise ValueError(f"--hyper {setting}: the loss {options.loss} has no setting {name!r}")
         try:
-            hyper[name], one = float(value), torch.ones(1)
+            hyper[name] = float(value)
             found = LOSSES[options.loss](-one, -2 * one, -one, -one, beta=options.beta, chosen_lengths=one, rejected_lengths=one, **hyper)
             good = found.isfinite().all() and 0 <= hyper.get("label_smoothing", 0) < 0.5 and hyper.get("r_max", 1) > 0
         except (ValueError, ZeroDivisionError):
             good = False
+        except TypeError as unknown:
+            raise ValueError(f"--hyper {setting}: {unknown}") from None
         if not good:
             raise ValueError(f"--hyper {setting}: not a number that the loss {options.loss} can use")
     return hyper
@@ -2478,8 +2478,13 @@ def stage_ppo(options, device) -> dict:
                                         "prompts held out": int((~train).sum()), "duplicates": len(texts) - len(set(texts))})
     prompts = [np.array(prompt[-room:], np.int32) for prompt in prompts]
     sample = prompts[:512]                                                       # the reward's mean and spread before training
-    scores = score_completions(reward_model, sample, generate(policy, sample, options.max_new_tokens))
+    completions = generate(policy, sample, options.max_new_tokens)
+    scores = score_completions(reward_model, sample, completions)
     mean, std = scores.mean(), max(scores.std(correction=0).item(), 1e-6)
+    endless = sum(completion[-1] != tokenizer.eot_token for completion in completions)
+    if 2 * endless > len(sample) and process()[0] == 0:
+        print(f"{options.init}: {endless} of {len(sample)} completions do not end within --max-new-tokens {options.max_new_tokens}; "
+              f"the reward of such a one is {PPO.missing_eos:g} at most, in standard deviations from the mean")
     ppo = PPO(options.beta / std, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
     training, run = plan(options, policy, tokenizer, np.array(lines)[train], "policy.")
     training = replace(training, steps=options.steps or training.steps * ppo.epochs * (ppo.rollout // ppo.minibatch), eps=1e-5)

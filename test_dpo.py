@@ -2732,6 +2732,18 @@ def test_ppo_does_not_see_a_constant_in_the_reward(world, tmp_path):
     rejects(lambda factor: close(history(factor, 0, "larger"), rows, tolerance=1e-5), 3000)
 
 
+def test_ppo_says_when_completions_do_not_end(world, tmp_path, monkeypatch, capsys):
+    """Completions that are cut off score `missing_eos` at most, so a policy that seldom ends learns little but that: it is said before
+    training, and each step's row has the share that ended. Rejected: the word where all of them end."""
+    eos = dpo.read_tokenizer(world / "sft").eot_token
+
+    def said(completion):
+        monkeypatch.setattr(dpo, "generate", lambda model, prompts, *more, **options: [completion] * len(prompts))
+        assert run(*command(world, "ppo", "--steps", 1, "--out", tmp_path / "out", "--overwrite")) == 0
+        return "60 of 60 completions do not end within --max-new-tokens 8" in capsys.readouterr().out, metrics(tmp_path / "out")[0]["ended"]
+    assert said([5, 6]) == (True, 0) and said([5, eos]) == (False, 1)
+
+
 def test_no_piece_of_a_long_text_loses_its_end(world, tmp_path, monkeypatch):
     """A text of block + 1 tokens is cut so that EOS keeps a predecessor, and every token stands in one piece."""
     seen, tokens = [], []
