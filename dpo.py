@@ -2232,7 +2232,7 @@ def draw_frontier(axis, limit: list, methods: dict):
     kl, reward, error = (np.array([point[key] for point in limit]) for key in ("kl", "reward", "se"))
     widest = 1.15 * max(row["kl"] for name, row in methods.items() if name != "Unlikelihood")
     axis.plot(kl, reward, color="black", lw=2, label="analytic limit")
-    axis.fill_between(kl, reward - 1.96 * error, reward + 1.96 * error, color="black", alpha=0.12, lw=0)
+    axis.fill_between(kl, reward - 1.96 * error, reward + 1.96 * error, color="black", alpha=0.12, lw=0, label="its 95% interval")
     for name, row in methods.items():
         family = "Best-of-N" if name.startswith("Best") else name.split(" ")[0]
         if row["kl"] > widest:
