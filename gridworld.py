@@ -270,6 +270,7 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
 #                                                            [test_gridworld_return_law_is_the_minimiser_over_policies]
 
 RETURNS = torch.tensor([0.0, 1.0], dtype=torch.float64)
+WINS = torch.sigmoid(RETURNS[:, None] - RETURNS)                             # P(winner's return, over the loser's)  (2,2)
 SMOOTH = ("dpo", "cdpo", "robust", "ipo")                                    # solved exactly on slippery ice too: section 7
 
 
@@ -315,15 +316,13 @@ def tilt(lake, base, log_weights):
 
 def chosen_weights(lake, reference, flip=0.0):
     """log(law of the winner's return / law of the return under pi_ref), for the returns 0 and 1: log 2 E s(R - R')  (2,)."""
-    wins = torch.sigmoid(RETURNS[:, None] - RETURNS).numpy()                                # (winner, loser)
-    return np.log(2 * ((1 - flip) * wins + flip * wins.T) @ return_masses(lake, reference))
+    return np.log(2 * ((1 - flip) * WINS + flip * WINS.T).numpy() @ return_masses(lake, reference))
 
 
 def pair_objective(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     """u (2,) -> the loss expected over pairs and labels, where u[R] is the log-ratio of the trajectories of return R."""
     law = torch.tensor(return_masses(lake, reference))
-    wins = torch.sigmoid(RETURNS[:, None] - RETURNS)                                        # (winner, loser)
-    weight = (2 * law[:, None] * law * ((1 - flip) * wins + flip * wins.T)).flatten()
+    weight = (2 * law[:, None] * law * ((1 - flip) * WINS + flip * WINS.T)).flatten()       # (winner, loser), as WINS
     winner, loser = torch.cartesian_prod(torch.arange(2), torch.arange(2)).T
     zero = torch.zeros(4, dtype=torch.float64)
     return lambda u: weight @ LOSSES[loss](u[winner], u[loser], zero, zero, beta=beta, **hyper)
@@ -356,7 +355,8 @@ def minimise_over_returns(lake, base, objective):
         raise ValueError("this loss has no minimiser here: it falls for ever (too much label smoothing, or too large an alpha?)")
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+        below = slope(middle) < 0 or (middle < 0 and slope(middle) == 0)    # EXO and chi-squared PO are flat far from 0: back there
+        low, high = (middle, high) if below else (low, middle)
     return tilt(lake, base, log_ratios(torch.tensor(high, dtype=torch.float64)).numpy())
 
 
@@ -463,7 +463,7 @@ def pair_expectation(lake, reference, steps, f, reward=None):
             break
     if error > 1e-9:
         raise OverflowError(f"f is not smooth enough, or d too wide, for a cosine series (error {error:.0e})")
-    turn, paid = (torch.exp(1j / width * w.view(-1, *[1] * x.ndim) * x) for x in (steps, reward))       # (K,H,S,A), (K,S)
+    turn, paid = (torch.exp(1j / width * w.view(-1, *[1] * d.ndim) * d) for d in (steps, reward))       # (K,H,S,A), (K,S)
     phi = torch.ones_like(paid)
     for t in reversed(range(lake.horizon)):
         onward = ((paid * phi)[:, lake.next] * chance).sum(-1)
@@ -530,10 +530,9 @@ def slip_curve(slips=(0, 0.05, 0.1, 0.2, 0.3, 0.45, 2 / 3), beta=0.1, map_name="
         policies = {"pi*": soft_optimal_policy(lake, reference, beta), "DPO": population_dpo(lake, reference, beta),
                     "regret": minimise_over_policies(lake, reference, beta, advantage=advantages(lake, reference, beta)),
                     "reference": reference}
-        rows.append({"slip": slip, "luck": luck(lake, reference, beta)})
-        for name, policy in policies.items():
-            columns = score(lake, policy, reference, beta, policies["pi*"])
-            rows[-1] |= {(name, column): value for column, value in columns.items()}
+        columns = {(name, column): value for name, policy in policies.items()
+                   for column, value in score(lake, policy, reference, beta, policies["pi*"]).items()}
+        rows.append({"slip": slip, "luck": luck(lake, reference, beta), **columns})
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -544,7 +543,7 @@ def slip_curve(slips=(0, 0.05, 0.1, 0.2, 0.3, 0.45, 2 / 3), beta=0.1, map_name="
 
 PAIRS = 4096
 logit = lambda p: math.log(p / (1 - p))
-P = 1 / (1 + math.exp(-1))                                                   # s(1): the chance that success beats failure
+WIN = 1 / (1 + math.exp(-1))                                                 # s(1): the chance that success beats failure
 
 
 def adam(loss, parameters, steps, lr):
@@ -597,7 +596,7 @@ def best_of_n(N, n=50_000):
     """Imitation of the best of N draws. Its law: the mass q of failure becomes q^N, success takes the rest."""
     def method(lake, reference, beta, rng):
         q = return_masses(lake, reference)[0]
-        own = tilt(lake, reference, np.log([q ** (N - 1), sum(q**k for k in range(N))]))   # (1 - q^N)/(1 - q)
+        own = tilt(lake, reference, np.log([max(q ** (N - 1), 1e-300), sum(q**k for k in range(N))]))        # (1 - q^N)/(1 - q)
         pool = sample_trajectories(lake, reference, N * n, rng)
         best = pool["steps"].reshape(n, N, -1)[np.arange(n), pool["return"].reshape(n, N).argmax(1)]
         taken = np.bincount(best.ravel(), minlength=reference.size + 1)[:-1].reshape(reference.shape)
@@ -823,12 +822,12 @@ METHODS = {
     "Preferred-FT": preferred_ft, "Best-of-4": best_of_n(4),
     "PPO, exact gradient": ppo_exact, "PPO, sampled": ppo(), "ESPO, sampled": ppo(**ESPO),
     "DPO": population("dpo", 1),                                                    # beta h = logit p = 1
-    "cDPO": population("cdpo", logit(0.9 * P + 0.1 * (1 - P))),                     # smoothing .1
+    "cDPO": population("cdpo", logit(0.9 * WIN + 0.1 * (1 - WIN))),                 # smoothing .1
     "robust DPO": population("robust", 1, flip=0.1),                                # smoothing .1, and a tenth of labels is wrong
-    "IPO": population("ipo", (2 * P - 1) / 2),                                      # the mean of +-1/(2 tau)
+    "IPO": population("ipo", (2 * WIN - 1) / 2),                                    # the mean of +-1/(2 tau)
     "SLiC hinge": population("hinge", 1),                                           # its kink, since p > 1/2
     "RSO": rso,
-    "EXO": population("exo", (2 * P - 1) * logit(0.999)),                           # smoothing .001
+    "EXO": population("exo", (2 * WIN - 1) * logit(0.999)),                         # smoothing .001
     "chi-squared PO": chi_squared_po,
     "RPO": population("rpo"),                                                       # no closed form known
     "MinorDPO": population("minor", 0),
@@ -899,18 +898,17 @@ def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20,
                  for table in (network_policy(lake, weights), log_reference) for batch in (good, bad)]
         lengths = [torch.tensor(batch["length"][:, 0], dtype=torch.float64) for batch in (good, bad)]
         return LOSSES[loss](*logps, beta=beta, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
-    losses = {"SFT": lambda weights: ift_loss(lake, weights, good, lam=0, gamma=0), "ORPO": lambda weights: pair("orpo", weights),
-              "IFT": lambda weights: ift_loss(lake, weights, good, lam, gamma), "DPO": lambda weights: pair("dpo", weights),
+    losses = {"untrained": None, "SFT": lambda weights: ift_loss(lake, weights, good, lam=0, gamma=0),
+              "ORPO": lambda weights: pair("orpo", weights), "IFT": lambda weights: ift_loss(lake, weights, good, lam, gamma),
+              "DPO": lambda weights: pair("dpo", weights),
               "PPO": lambda weights: -exact_objective(lake, network_policy(lake, weights), log_reference, beta)}
 
     optimum = np.stack([soft_optimal_policy(lake, policy, beta) for policy in log_reference.exp().numpy()])
     on_path = np.zeros((seeds, lake.horizon, len(lake.P)), bool)
     on_path[np.arange(seeds)[:, None], np.arange(lake.horizon), good["state"][:, 0, :-1]] = True
     result = {}
-    for name in ("untrained", *losses):
-        weights = start
-        if name in losses:
-            weights = adam(lambda weights: losses[name](weights).sum(), start, steps, lr=0.01)
+    for name, loss in losses.items():
+        weights = adam(lambda weights: loss(weights).sum(), start, steps, lr=0.01) if loss else start
         policy = network_policy(lake, weights).exp().numpy()
         mse = np.square(policy - optimum).mean(-1)                                  # (seeds,H,S)
         result[name] = {"trajectory": (mse * on_path).sum((1, 2)) / on_path.sum((1, 2)),
@@ -1073,12 +1071,10 @@ def plot_slip(curve, path):
 
 # === 12. The command line =============================================================================================
 
-def print_table(lake, reference, beta, rows):
-    """`methods_table`'s rows, below one of pi* itself."""
-    optimum = soft_optimal_policy(lake, reference, beta)
-    best = {"method": "pi*", "own": None, "seconds": 0.0, **score(lake, optimum, reference, beta, optimum)}
+def print_table(lake, best, rows):
+    """`methods_table`'s rows, below the `score` of pi* itself."""
     print(f"\n{'method':20s}   own TV      MSE   max TV KL(*||pi) E[R]-bKL  success cells seconds")
-    for row in [best] + rows:
+    for row in [{"method": "pi*", "own": None, "seconds": 0.0, **best}] + rows:
         own = "-" if row["own"] is None else f"{row['own']:.1e}"
         print(f"{row['method']:20s} {own:>8s} {row['mse']:8.1e} {row['tv']:8.1e} {max(row['kl'], 0):9.4f} "
               f"{row['objective']:8.4f} {row['success']:8.4f} {row['cells']:5d} {row['seconds']:7.2f}")
@@ -1116,7 +1112,6 @@ def main(arguments=None):
         lake = FrozenLake(options.map, options.slip, options.horizon)
         if options.horizon is None:
             lake = FrozenLake(lake.rows, lake.slip, lake.horizon + 2)
-        reference = check(lake, walker_policy(lake), beta)
         if not 0.0025 <= beta <= 50:
             raise ValueError(f"beta {beta:g} is not between 0.0025 and 50: outside, float64 does not hold what every method needs")
         if not 0 <= seed < 2**63:
@@ -1125,6 +1120,7 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"gridworld.py: error: {error}", file=sys.stderr)
         return 2
+    reference = walker_policy(lake)
     torch.set_num_threads(1)                                                        # the tensors are small: threads only wait
     print(f"{'/'.join(lake.rows)}  horizon {lake.horizon}  slip {lake.slip:.3g}  beta {beta:g}  seed {seed}\nreference: "
           f"success {expected_return(lake, reference):.4f}, luck of the moves (s.d.) {luck(lake, reference, beta):.3f}")
@@ -1134,17 +1130,15 @@ def main(arguments=None):
             print(f"\r{text:30s}", end="\r", file=sys.stderr, flush=True)
     rows, optimum = methods_table(lake, reference, beta, seed, show), soft_optimal_policy(lake, reference, beta)
     show("")
-    print_table(lake, reference, beta, rows)
-    policies = {row["method"]: row["policy"] for row in rows}
-    maps = {name: policies[name] for name in ("DPO", "IPO", "Best-of-4", "PPO, sampled")}
-    plot_maps(lake, {"reference (SFT)": reference, "$\\pi^*$": optimum, **maps},
-              out / "gridworld_maps.png")
+    best, table = score(lake, optimum, reference, beta, optimum), {row["method"]: row for row in rows}
+    print_table(lake, best, rows)
+    maps = {name: table[name]["policy"] for name in ("DPO", "IPO", "Best-of-4", "PPO, sampled")}
+    plot_maps(lake, {"reference (SFT)": reference, "$\\pi^*$": optimum, **maps}, out / "gridworld_maps.png")
 
-    pairs, worth = convergence(seed=seed), {row["method"]: row["objective"] for row in rows}
+    pairs = convergence(seed=seed)
     print(f"\nDPO on n pairs (3x3, beta .5): the error falls as n^{pairs['slope']:.3f} (theory: -1/2)")
-    plot_convergence(*convergence_curves(lake, reference, beta, seed), {
-        "$\\pi^*$": score(lake, optimum, reference, beta, optimum)["objective"], "DPO, infinite data": worth["DPO"]},
-        pairs, out / "gridworld_convergence.png")
+    levels = {"$\\pi^*$": best["objective"], "DPO, infinite data": table["DPO"]["objective"]}
+    plot_convergence(*convergence_curves(lake, reference, beta, seed), levels, pairs, out / "gridworld_convergence.png")
     curve = slip_curve(beta=beta)
     print("\nslip curve (4x4, horizon 8)  " + "".join(f"{slip:8.2f}" for slip in curve["slip"]))
     for key in ("luck", ("DPO", "tv"), ("regret", "tv"), ("pi*", "objective"), ("DPO", "objective"), ("pi*", "success"),

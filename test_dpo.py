@@ -1926,6 +1926,22 @@ def test_gridworld_return_law_is_the_minimiser_over_policies(loss, hyper):
         assert worst_tv(lake, by_law, gw.population_dpo(lake, reference, beta), reference) > 1e-3
 
 
+@pytest.mark.parametrize("loss", ["dpo", "exo", "chipo"])
+def test_gridworld_minimiser_when_most_labels_are_turned_round(loss):
+    """Then the minimum lies where success is rarer than under the reference, behind a plateau of EXO's and chi-squared PO's slope: no
+    log-ratio of a grid has less loss than the policy found. Rejected: a policy that never succeeds, the plateau's far end."""
+    lake = gw.FrozenLake("SFF/FHF/FFG")
+    reference = gw.walker_policy(lake)
+    before, objective = torch.tensor(gw.return_masses(lake, reference)).log(), gw.pair_objective(lake, reference, 0.1, loss, flip=0.6)
+    grid = [objective((float64(0, x) + before).log_softmax(0) - before) for x in np.linspace(-30, 30, 601)]
+
+    def check(policy):
+        after = torch.tensor(gw.return_masses(lake, policy)).log()
+        assert objective(after - before) <= min(grid) + 1e-12
+    check(gw.population_dpo(lake, reference, 0.1, loss, flip=0.6))
+    rejects(check, gw.tilt(lake, reference, np.array([0.0, -1e6])))
+
+
 def test_gridworld_imitation_of_flipped_winners():
     """SFT on winners with a fifth of the labels turned round: the minimum, by bisection, is the tilt by the winners' law. Rejected:
     the law without flips. Slippery ice takes that law too."""
