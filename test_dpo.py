@@ -1926,6 +1926,19 @@ def test_gridworld_return_law_is_the_minimiser_over_policies(loss, hyper):
         assert worst_tv(lake, by_law, gw.population_dpo(lake, reference, beta), reference) > 1e-3
 
 
+def test_gridworld_large_betas_on_slippery_ice():
+    """To first order DPO leaves the reference by 1/beta: at beta 200 a quarter as far as at 50, on slippery ice too, where the series
+    must hold such narrow log-ratios. Rejected: the policy of another beta."""
+    lake = gw.FrozenLake("SFF/FHF/FFG", 0.2)
+    reference = gw.walker_policy(lake)
+    far = {beta: np.abs(gw.population_dpo(lake, reference, beta) - reference).max() for beta in (50, 150, 200)}
+
+    def check(beta):
+        assert abs(far[50] / far[beta] - 4) < 0.1
+    check(200)
+    rejects(check, 150)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "exo", "chipo"])
 def test_gridworld_minimiser_when_most_labels_are_turned_round(loss):
     """Then the minimum lies where success is rarer than under the reference, behind a plateau of EXO's and chi-squared PO's slope: no
