@@ -3347,7 +3347,7 @@ def test_exercise_ppo():
     """Ratio and A of test_clipped_tokens_have_zero_gradient: losses -1.2, 1.3, -.7, .8, -1, 0 (masked) and the gradients there.
     Values of test_value_clipping_by_hand: V_old = 0, R = 1, V = .1, .5, -.5 give .405, .32, 1.125."""
     ratio, advantages = float64(1.3, 1.3, 0.7, 0.7, 1, 1.3)[None], float64(1, -1, 1, -1, 1, -1)[None]
-    mask, zeros, ones = torch.tensor([[1, 1, 1, 1, 1, 0]]), torch.zeros(1, 6, dtype=torch.float64), torch.ones(1, 6, dtype=torch.float64)
+    mask, zeros, ones = torch.tensor([[1, 1, 1, 1, 1, 0]]).bool(), torch.zeros(1, 6, dtype=torch.float64), torch.ones(1, 6, dtype=torch.float64)
     values = float64(0.1, 0.5, -0.5, 0.1, 0.5, 0.5)[None]
     logps = ratio.log().requires_grad_()
     arguments = logps, zeros, advantages, values, zeros, ones, mask

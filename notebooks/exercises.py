@@ -6,7 +6,7 @@ Replace each `raise NotImplementedError` by your code; nothing else needs to cha
     DPO_MODULE=exercises pytest --tb=short -k exercise_gae       grades one; its docstring says which -k
 
 A wrong answer is told its likely mistake. A stub that is left fails, a function that you delete is skipped, except dpo_loss.
-No solution needs more than fifteen lines. `solutions.py` holds one of each. Work in the order given: later ones use earlier ones.
+No solution needs more than fifteen lines. `solutions.py` holds one of each. The order is that of the method; only sft_loss uses an earlier one, sequence_logps.
 
 B is the number of sequences or pairs, T the number of tokens, V the size of the vocabulary. Log-probabilities are in nats.
 s(z) = 1 / (1 + e^-z) is the logistic function.
@@ -52,7 +52,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
     All arguments (B,): summed log-probabilities in nats. beta: reward units per nat. label_smoothing: e, the chance that a
     label is flipped, in [0, 0.5). Returns losses (B,), not their mean, chosen_rewards (B,) and rejected_rewards (B,), the
-    latter two without gradient. They must stay finite, and so must the gradient, at margins of 1e5 in float32.
+    latter two without gradient. The losses must stay finite, and so must their gradient, at margins of 1e5 in float32.
 
         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l)
         losses = -(1-e) log s(z) - e log s(-z),    rewards = beta d

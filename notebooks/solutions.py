@@ -38,7 +38,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
     All arguments (B,): summed log-probabilities in nats. beta: reward units per nat. label_smoothing: e, the chance that a
     label is flipped, in [0, 0.5). Returns losses (B,), not their mean, chosen_rewards (B,) and rejected_rewards (B,), the
-    latter two without gradient. They must stay finite, and so must the gradient, at margins of 1e5 in float32.
+    latter two without gradient. The losses must stay finite, and so must their gradient, at margins of 1e5 in float32.
 
         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l)
         losses = -(1-e) log s(z) - e log s(-z),    rewards = beta d
