@@ -430,7 +430,10 @@ class GPT(nn.Module):
         x = self.ln_f(self.h[-1](x, attend, kept))                               # flat: (M, C), for no later layer asks for the others
         if keep is not None:
             x = take(x, copies) if flat else x[keep]
-        x = F.linear(x, self.wte.weight) if self.score is None else self.score(x).to(torch.promote_types(x.dtype, torch.float32))
+        if self.score is None:
+            x = F.linear(x, self.wte.weight)
+        else:                                                                    # rewards and values: never in half precision
+            x = self.score(x).to(torch.promote_types(x.dtype, torch.float32))
         return x[:wanted] if flat else x
 
     def save_pretrained(self, directory, tensors=None):
@@ -839,7 +842,7 @@ class Run:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             settings = saved["settings"]
-            saved = {name: saved[name] for name in ("model", "optimizer", "schedule", "step", "random", "memory")}
+            saved = {name: saved[name] for name in ("model", "optimizer", "schedule", "step", "generators", "memory")}
         except Exception as error:                                               # zip, pickle, missing keys: each its own kind
             raise ValueError(f"{path}: not a checkpoint of this program, or cut short ({type(error).__name__})") from None
         for name in self.settings.keys() | settings.keys():
@@ -859,8 +862,8 @@ class Run:
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
             memory.update(saved["memory"])
-            torch.set_rng_state(saved["random"][0])
-            torch.cuda.set_rng_state_all(saved["random"][1:1 + torch.cuda.device_count()])
+            torch.set_rng_state(saved["generators"][0])                          # the CPU's; then each GPU's
+            torch.cuda.set_rng_state_all(saved["generators"][1:1 + torch.cuda.device_count()])
             self.last_good = saved["step"]
         if self.out and process()[0] == 0:
             path = self.out / "metrics.jsonl"
@@ -885,7 +888,7 @@ class Run:
         self.last_good = step
         if process()[0] == 0:
             checkpoint = {"settings": self.settings, "model": tensors, "optimizer": state, "schedule": schedule.state_dict(),
-                          "step": step, "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "memory": memory}
+                          "step": step, "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "memory": memory}
             replace_file(self.out / "checkpoint.pt", lambda draft: torch.save(checkpoint, draft))
             self.export(tensors)
 
@@ -1102,7 +1105,7 @@ def logistic(x):
 
 
 def bradley_terry_label(rewards_a, rewards_b, rng: np.random.Generator) -> np.ndarray:
-    """Whether a beats b, drawn with P(a > b) = s(r_a - r_b). rewards (n,) -> bool (n,)."""
+    """Whether a beats b, drawn with P(a > b) = s(r_a - r_b). rewards of any shape -> bool, the same shape."""
     return rng.random(np.shape(rewards_a)) < logistic(np.asarray(rewards_a) - np.asarray(rewards_b))
 
 
@@ -1245,7 +1248,7 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
     whole. A prompt too long for the block is cut on the left. A completion that does not fit is a ValueError, "path:line: ...",
     or its pair is left out. Texts are forgotten as soon as their ids are known: eight bytes of hash tell known ones."""
     prompts, completions, row_of = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), {}
-    found, cut, left_out = array("q"), 0, 0                                      # found: five numbers a pair
+    found, cut, left_out = array("q"), 0, 0                                      # found: the five columns below, pair by pair
     digest = lambda text: int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     for number, pair in enumerate(preferences, 1):
         where = f"{path}:{pair.line or number}"
@@ -2531,7 +2534,8 @@ def stage_sample(options, device) -> dict:
 
 
 TRAIN = " out resume overwrite save-every epochs steps batch-size micro-batch learning-rate fsdp compile"
-# name: (function, one line, its options); all take --seed and --beta. "init?" and "init+" are --init with other rules, see OPTIONS
+# name: (function, one line, its options); all take --seed and --beta. "init?", "init+" and "batch-size?" are --init and --batch-size with
+# other rules or defaults, see OPTIONS
 STAGES = {
     "sft": (stage_sft, "imitate texts", "data init? all vocab-size block-size n-layer n-head n-embd dropout" + TRAIN),
     "dpo": (stage_dpo, "learn from preferences", "data init reference all skip-long loss hyper" + TRAIN),
