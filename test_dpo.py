@@ -1939,6 +1939,20 @@ def test_gridworld_large_betas_on_slippery_ice():
     rejects(check, 150)
 
 
+def test_gridworld_method_without_a_value_is_left_out(monkeypatch, capsys):
+    """On slippery ice at beta 50 the objective of two references, one far from the other, overflows at the start: the table has the
+    others, and says which is missing. Rejected: a table at beta .1 that leaves it out too."""
+    lake = gw.FrozenLake("SFF/FHF/FFG", 0.2)
+    monkeypatch.setattr(gw, "METHODS", {name: method for name, method in gw.METHODS.items() if name.startswith(("DPO", "MRPO"))})
+    assert len(gw.METHODS) == 2
+
+    def left_out(beta):
+        rows = gw.methods_table(lake, gw.walker_policy(lake), beta)
+        assert rows[0]["method"] == "DPO"
+        return len(rows), "is left out" in capsys.readouterr().err
+    assert left_out(50) == (1, True) and left_out(0.1) == (2, False)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "exo", "chipo"])
 def test_gridworld_minimiser_when_most_labels_are_turned_round(loss):
     """Then the minimum lies where success is rarer than under the reference, behind a plateau of EXO's and chi-squared PO's slope: no
@@ -3347,7 +3361,7 @@ def test_exercise_ppo():
     """Ratio and A of test_clipped_tokens_have_zero_gradient: losses -1.2, 1.3, -.7, .8, -1, 0 (masked) and the gradients there.
     Values of test_value_clipping_by_hand: V_old = 0, R = 1, V = .1, .5, -.5 give .405, .32, 1.125."""
     ratio, advantages = float64(1.3, 1.3, 0.7, 0.7, 1, 1.3)[None], float64(1, -1, 1, -1, 1, -1)[None]
-    mask, zeros, ones = torch.tensor([[1, 1, 1, 1, 1, 0]]).bool(), torch.zeros(1, 6, dtype=torch.float64), torch.ones(1, 6, dtype=torch.float64)
+    zeros, ones, mask = *float64([0] * 6, [1] * 6)[:, None], torch.tensor([[True] * 5 + [False]])
     values = float64(0.1, 0.5, -0.5, 0.1, 0.5, 0.5)[None]
     logps = ratio.log().requires_grad_()
     arguments = logps, zeros, advantages, values, zeros, ones, mask
