@@ -6,7 +6,8 @@ Replace each `raise NotImplementedError` by your code; nothing else needs to cha
     DPO_MODULE=exercises pytest --tb=short -k exercise_gae       grades one; its docstring says which -k
 
 A wrong answer is told its likely mistake. A stub that is left fails, a function that you delete is skipped, except dpo_loss.
-No solution needs more than fifteen lines. `solutions.py` holds one of each. The order is that of the method; only sft_loss uses an earlier one, sequence_logps.
+No solution needs more than fifteen lines. `solutions.py` holds one of each. Their order is the method's; of the
+earlier ones only sequence_logps is used again, in sft_loss.
 
 B is the number of sequences or pairs, T the number of tokens, V the size of the vocabulary. Log-probabilities are in nats.
 s(z) = 1 / (1 + e^-z) is the logistic function.
@@ -104,7 +105,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
-    """PPO's policy loss and value loss of each token, and the ratio (arXiv 1707.06347, Eq 7).
+    """PPO's policy loss (arXiv 1707.06347, Eq 7) and value loss (clipped, as its codes have it) of each token, and the ratio.
 
     All arguments (B,T). Returns policy_loss, value_loss, both 0 where mask is 0, and ratio, all (B,T).
 

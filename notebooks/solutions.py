@@ -104,7 +104,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
-    """PPO's policy loss and value loss of each token, and the ratio (arXiv 1707.06347, Eq 7).
+    """PPO's policy loss (arXiv 1707.06347, Eq 7) and value loss (clipped, as its codes have it) of each token, and the ratio.
 
     All arguments (B,T). Returns policy_loss, value_loss, both 0 where mask is 0, and ratio, all (B,T).
 
