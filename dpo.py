@@ -643,33 +643,51 @@ def sequence_logps(model, tokens, mask):
     return token_logps(model, tokens, mask).sum(1)
 
 
-@functools.cache
+def mkl_idles() -> bool:
+    """Whether this is an AMD processor with AVX-512, units that MKL leaves idle there; to be told under Linux only."""
+    cpu = Path("/proc/cpuinfo")
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu.exists() and "AuthenticAMD" in cpu.read_text()
+
+
 def onednn_rounds() -> bool:
-    """Whether oneDNN, where it may, rounds the factors of a float32 product to bfloat16. (It does on CPUs with AMX, a unit for
-    that.) A trial with numbers that bfloat16 cannot hold; to be asked only while it may, for the answer is kept."""
+    """Whether oneDNN, where it may, rounds the factors of a float32 product to bfloat16, as it does on CPUs with AMX, a unit for
+    that. A trial with numbers that bfloat16 cannot hold; to be asked only while it may."""
     x = torch.linspace(1, 2, 2 ** 16).view(256, 256)
     return not torch.equal(x @ torch.eye(256), x)
 
 
-@contextlib.contextmanager
-def onednn_products(model):
-    """Within, a CPU's float32 matrix products are computed by oneDNN, not by MKL, which leaves the AVX-512 units of AMD's processors
-    idle: there a product takes half the time, and a DPO step two thirds.
+@functools.cache
+def onednn_suits() -> bool:
+    """Whether float32 products are to be computed by oneDNN on this machine: it stays exact, and faster than PyTorch's default, MKL.
 
-    PyTorch (from 2.9 on) uses oneDNN for float32 only where factors may be rounded to bfloat16. So we allow that, try whether this
-    CPU really rounds, and take it back if it does. For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it, a
-    thousand of them at most. Therefore models below 2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that
-    shapes recur: a step takes 7% less time, and memory stays flat.
-    """
+    On AMD's processors with AVX-512 a product takes half the time, and a DPO step two thirds; on Intel's, 7% more. PyTorch, from 2.9
+    on, uses oneDNN for float32 only where factors may be rounded to bfloat16: so we allow that, and try whether this CPU does."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     before = getattr(settings, "fp32_precision", None)                           # None: PyTorch before 2.9
-    if before is None or next(model.parameters()).device.type != "cpu" or sum(p.numel() for p in model.parameters()) < 2 ** 19:
-        yield
-        return
+    if before is None or not mkl_idles():
+        return False
     try:
         settings.fp32_precision = "bf16"
-        if onednn_rounds():
-            settings.fp32_precision = before
+        return not onednn_rounds()
+    finally:
+        settings.fp32_precision = before
+
+
+@contextlib.contextmanager
+def onednn_products(model):
+    """Within, a CPU's float32 matrix products are computed by oneDNN where that suits.
+
+    For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it, a thousand of them at most. Therefore models below
+    2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that shapes recur: a step takes 7% less time, and memory
+    stays flat.
+    """
+    if next(model.parameters()).device.type != "cpu" or sum(p.numel() for p in model.parameters()) < 2 ** 19 or not onednn_suits():
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "bf16"
         yield
     finally:
         settings.fp32_precision = before

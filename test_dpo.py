@@ -847,7 +847,7 @@ def test_attention_both_ways():
 @torch.no_grad()
 def test_onednn_products_stay_float32(monkeypatch):
     """Within the context the products of a large model are float32's; behind it, and behind an error, PyTorch's setting is as
-    before. Small models, and CPUs that would round, are left alone. Rejected: products of factors rounded to bfloat16."""
+    before. Small models, CPUs that would round, and CPUs that gain nothing, are left alone. Rejected: factors rounded to bfloat16."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(settings, "fp32_precision"):
         pytest.skip("PyTorch 2.9 brought the setting")
@@ -856,19 +856,30 @@ def test_onednn_products_stay_float32(monkeypatch):
 
     def check(product):
         close(product(x.float(), y.float()).double(), x @ y, tolerance=1e-4)
-    with dpo.onednn_products(large):
-        check(torch.matmul)
-        with dpo.onednn_products(large):
-            pass
-        assert (settings.fp32_precision == before) == dpo.onednn_rounds()
+
+    def changed(model):
+        with dpo.onednn_products(model):
+            check(torch.matmul)
+            with dpo.onednn_products(model):
+                pass
+            inside = settings.fp32_precision
+        assert settings.fp32_precision == before
+        return inside != before
     rejects(check, lambda x, y: x.bfloat16().float() @ y.bfloat16().float())
+    assert changed(large) == dpo.onednn_suits()
+    dpo.onednn_suits.cache_clear()
+    monkeypatch.setattr(dpo, "mkl_idles", lambda: True)                          # as on an AMD processor
+    exact = dpo.onednn_suits()
+    assert changed(large) == exact and not changed(small) and settings.fp32_precision == before
     with pytest.raises(KeyError), dpo.onednn_products(large):
         raise KeyError
     assert settings.fp32_precision == before
-    for model, rounds in (small, False), (large, True):
+    for idles, rounds in (True, True), (False, False):
+        monkeypatch.setattr(dpo, "mkl_idles", lambda: idles)
         monkeypatch.setattr(dpo, "onednn_rounds", lambda: rounds)
-        with dpo.onednn_products(model):
-            assert settings.fp32_precision == before
+        dpo.onednn_suits.cache_clear()
+        assert not changed(large)
+    dpo.onednn_suits.cache_clear()
 
 
 def test_kv_cache_equals_full_forward():

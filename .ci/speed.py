@@ -61,7 +61,7 @@ def adapter():
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import bench_adapter
     if os.environ.get("MKL_ONLY"):
-        bench_adapter.dpo.onednn_rounds = lambda: True
+        bench_adapter.dpo.onednn_suits = lambda: False
     return bench_adapter
 
 
