@@ -417,7 +417,7 @@ class GPT(nn.Module):
                 return attention_of_newest(qkv[:, 0], next(caches), start)[:, None]
             if flat:                                                             # attention alone needs the rectangle back
                 qkv = take(qkv, state)
-            q, k, v = qkv.view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)       # (B, nh, T, hs) each
+            q, k, v = (x.transpose(1, 2) for x in qkv.view(B, T, 3, self.config.n_head, -1).unbind(2))
             if cache is not None:                                                # an empty one
                 next(caches)[:, :T] = torch.stack((k, v)).permute(0, 3, 2, 4, 1)             # (2, T, nh, hs, B)
             y = attention(q, k, v, dropout).transpose(1, 2)
