@@ -417,7 +417,7 @@ class GPT(nn.Module):
                 return attention_of_newest(qkv[:, 0], next(caches), start)[:, None]
             if flat:                                                             # attention alone needs the rectangle back
                 qkv = take(qkv, state)
-            q, k, v = (x.transpose(1, 2) for x in qkv.view(B, T, 3, self.config.n_head, -1).unbind(2))
+            q, k, v = (x.transpose(1, 2) for x in qkv.view(B, T, 3, self.config.n_head, -1).unbind(2))       # (B, nh, T, hs) each
             if cache is not None:                                                # an empty one
                 next(caches)[:, :T] = torch.stack((k, v)).permute(0, 3, 2, 4, 1)             # (2, T, nh, hs, B)
             y = attention(q, k, v, dropout).transpose(1, 2)
@@ -1860,13 +1860,13 @@ def judge(tokenizer, prompts: list, completions: list) -> dict:
             "length": np.array([len(completion) for completion in completions]).reshape(-1, S)}
 
 
-def summarise(frontier: Frontier, kl, judged: dict, seed=0, **more) -> dict:
+def summarise(frontier: Frontier, kl, judged: dict, **more) -> dict:
     """One method's row from kl (P,), per held-out prompt, and what `judge` said; standard errors are over prompts.
 
     The efficiency's error is a bootstrap (its spread over 200 resamplings of the prompts): policy and limit are compared on
     the same prompts, so what these have in common cancels. At a KL that cannot be told from 0 there is no efficiency (None).
     """
-    reward, rng, efficiency, efficiency_se = judged["reward"].mean(1), np.random.default_rng(seed), None, None
+    reward, rng, efficiency, efficiency_se = judged["reward"].mean(1), np.random.default_rng(0), None, None
     gain = reward - frontier.rewards.mean(1)
     if kl.mean() > max(0.01, 3 * standard_error(kl)):
         efficiency = float(frontier.efficiency(kl, reward))

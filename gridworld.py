@@ -1018,7 +1018,7 @@ def plot_maps(lake, policies, path):
     """{title: policy} as maps: colour is the expected number of visits, arrows the actions taken there, averaged over steps."""
     rows, (high, wide) = math.ceil(len(policies) / 3), lake.shape
     y, x = np.divmod(np.arange(len(lake.P)), wide)
-    with panels(path, 3, 11.9, 3.9 * rows * high / wide, rows) as axes:
+    with panels(path, 3, 11.9, 3.9 * rows * min(max(high / wide, 0.4), 3), rows) as axes:         # a corridor has room for its title
         for ax, (title, policy) in zip(axes, policies.items()):
             heat, taken = visits(lake, policy).sum(0), (visits(lake, policy)[:, :, None] * policy).sum(0)
             image = ax.imshow(np.where(lake.terminal, np.nan, heat).reshape(lake.shape), cmap="Blues", vmin=0, vmax=2)
