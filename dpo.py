@@ -660,8 +660,9 @@ def onednn_rounds() -> bool:
 def onednn_suits() -> bool:
     """Whether float32 products are to be computed by oneDNN on this machine: it stays exact, and faster than PyTorch's default, MKL.
 
-    On AMD's processors with AVX-512 a product takes half the time, and a DPO step two thirds; on Intel's, 7% more. PyTorch, from 2.9
-    on, uses oneDNN for float32 only where factors may be rounded to bfloat16: so we allow that, and try whether this CPU does."""
+    On AMD's processors with AVX-512 a product takes half of MKL's time, and a DPO step two thirds; on Intel's, a step takes 7% more.
+    PyTorch, from 2.9 on, uses oneDNN for float32 only where factors may be rounded to bfloat16: so we allow that, and try whether
+    this CPU does."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     before = getattr(settings, "fp32_precision", None)                           # None: PyTorch before 2.9
     if before is None or not mkl_idles():
