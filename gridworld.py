@@ -945,8 +945,8 @@ def order_of(result, metric):
 
 def bandit(loss, pairs, reference, beta, steps=0):
     """The policy over arms on deterministic preferences: Adam's path (steps,K), or with steps=0 the minimiser. beta is tau for
-    IPO; "mpo" is -E s(log pi_w - log pi_l) - beta E_ref log pi."""
-    winner, loser = torch.tensor(pairs).T
+    IPO; "mpo" is -E s(log pi_w - log pi_l) - beta E_ref log pi. With steps, beta may be G numbers: the paths (steps,G,K)."""
+    (winner, loser), beta = torch.tensor(pairs).T, torch.as_tensor(beta, dtype=torch.float64)
     log_reference = torch.tensor(reference, dtype=torch.float64).log()
     policy = lambda logits: torch.log_softmax(log_reference + logits, -1)
     path = []
@@ -955,9 +955,12 @@ def bandit(loss, pairs, reference, beta, steps=0):
         logps = policy(logits)
         path.append(logps.detach().exp().numpy())
         if loss == "mpo":
-            return -torch.sigmoid(logps[winner] - logps[loser]).mean() - beta * (log_reference.exp() @ logps)
-        return LOSSES[loss](logps[winner], logps[loser], log_reference[winner], log_reference[loser], beta=beta).mean()
-    logits = torch.zeros_like(log_reference)
+            losses = -torch.sigmoid(logps[..., winner] - logps[..., loser]).mean(-1) - beta * (logps @ log_reference.exp())
+        else:
+            losses = LOSSES[loss](logps[..., winner], logps[..., loser], log_reference[winner], log_reference[loser],
+                                  beta=beta[..., None]).mean(-1)
+        return losses.sum()                                                         # each beta has logits of its own
+    logits = torch.zeros(*beta.shape, len(reference), dtype=torch.float64)
     if not steps:
         return policy(minimise(objective, logits, tolerance=1e-12)).exp().numpy()
     adam(lambda x: objective(x[0]), [logits], steps, lr=0.1)
@@ -966,7 +969,8 @@ def bandit(loss, pairs, reference, beta, steps=0):
 
 def bandit_figures(taus=(0.1, 0.5, 1.0), steps=3000):
     """IPO's examples (2310.12036): {(loss, tau): Adam's path of pi(a)} for a > b, and {tau: IPO's policy} for a > b > c."""
-    two = {(loss, tau): bandit(loss, [(0, 1)], [0.5, 0.5], tau, steps)[:, 0] for loss in ("dpo", "ipo", "mpo") for tau in taus}
+    paths = {loss: bandit(loss, [(0, 1)], [0.5, 0.5], taus, steps)[..., 0] for loss in ("dpo", "ipo", "mpo")}      # (steps,G)
+    two = {(loss, tau): path for loss in paths for tau, path in zip(taus, paths[loss].T)}
     return two, {tau: bandit("ipo", [(0, 1), (1, 2), (0, 2)], [1 / 3] * 3, tau) for tau in taus}
 
 
