@@ -888,7 +888,7 @@ def test_kv_cache_equals_full_forward():
     config = model.config
 
     def check(position):
-        cache = torch.zeros(config.n_layer, 2, 9, config.n_head, config.n_embd // config.n_head, 3)
+        cache = torch.zeros(config.n_layer, 2, 3, 9, config.n_head, config.n_embd // config.n_head)
         pieces = [model(tokens[:, :4], cache=cache)] + [model(tokens[:, t:t + 1], cache=cache, start=position(t)) for t in range(4, 9)]
         close(torch.cat(pieces, 1), model(tokens), tolerance=1e-5)
     check(lambda t: t)
