@@ -67,8 +67,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-# PyTorch's large tensors in huge pages, where Linux has them: on an AMD EPYC sampling takes 15% less time, on an Intel Xeon as much
-# as without. Read when the first tensor is made
+# PyTorch's large tensors in huge pages, where Linux has them: on an AMD EPYC sampling takes 15% less time; an Intel Xeon gains
+# nothing. PyTorch reads this when it makes the first tensor
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # ======================================================================================================================
@@ -633,7 +633,7 @@ def sequence_logps(model, tokens, mask):
 
 
 def mkl_idles() -> bool:
-    """Whether this is an AMD processor with AVX-512, units that MKL leaves idle there; to be told under Linux only."""
+    """Whether this is an AMD processor with AVX-512, units that MKL leaves idle there. False where there is no /proc/cpuinfo."""
     cpu = Path("/proc/cpuinfo")
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu.exists() and "AuthenticAMD" in cpu.read_text()
 
@@ -647,9 +647,9 @@ def onednn_rounds() -> bool:
 
 @functools.cache
 def onednn_suits() -> bool:
-    """Whether float32 products are to be computed by oneDNN on this machine: it stays exact, and faster than PyTorch's default, MKL.
+    """Whether float32 products are to be computed by oneDNN on this machine: where it stays exact and beats PyTorch's default, MKL.
 
-    On AMD's processors with AVX-512 a product takes half of MKL's time, and a DPO step two thirds; on Intel's, a step takes 7% more.
+    On AMD's processors with AVX-512 a product takes half of MKL's time, and a DPO step two thirds; on an Intel Xeon a step takes 7% more.
     PyTorch, from 2.9 on, uses oneDNN for float32 only where factors may be rounded to bfloat16: so we allow that, and try whether
     this CPU does."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)

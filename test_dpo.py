@@ -874,12 +874,15 @@ def test_onednn_products_stay_float32(monkeypatch):
     with pytest.raises(KeyError), dpo.onednn_products(large):
         raise KeyError
     assert settings.fp32_precision == before
-    for idles, rounds in (True, True), (False, False):
-        monkeypatch.setattr(dpo, "mkl_idles", lambda: idles)
-        monkeypatch.setattr(dpo, "onednn_rounds", lambda: rounds)
-        dpo.onednn_suits.cache_clear()
-        assert not changed(large)
-    dpo.onednn_suits.cache_clear()
+    try:
+        for idles, rounds in itertools.product((True, False), repeat=2):         # in one case of four oneDNN is used
+            monkeypatch.setattr(dpo, "mkl_idles", lambda: idles)
+            monkeypatch.setattr(dpo, "onednn_rounds", lambda: rounds)
+            dpo.onednn_suits.cache_clear()
+            with dpo.onednn_products(large):
+                assert (settings.fp32_precision != before) == (idles and not rounds) == dpo.onednn_suits()
+    finally:
+        dpo.onednn_suits.cache_clear()                                           # forget the faked answers
 
 
 def test_kv_cache_equals_full_forward():

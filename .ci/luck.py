@@ -6,7 +6,7 @@
 Processors round differently, and after some hundred steps of training that is another draw of everything random. Each run here moves
 the first weights of every model by some ten millionths, which has the same effect. Assertions are counted, not raised; for each
 comparison the table has the smallest distance between its sides, in standard deviations over the runs (99: that or more):
-below three, the claim hangs on luck. Runs take turns, two at a time, one thread each.
+below three, the claim hangs on luck. Two runs at a time, one thread each.
 """
 import argparse
 import ast

@@ -230,7 +230,7 @@ def growth():
     for length in (64, 128, 256, 512):
         row = alone("grow", length=length, pairs=128)
         print(f"| {length} | {row['step']:.0f} | {row['quadratic']:.0%} |")
-    print("\n| width | ms a step | of the product rate: default, oneDNN's |\n|---|---|---|")
+    print("\n| width | ms a step | of the product rate: default, as dpo.py asks for it |\n|---|---|---|")
     for width in (128, 256, 512):
         row = alone("grow", width=width, pairs=128)
         print(f"| {width} | {row['step']:.0f} | {row['rate'] / row['default_rate']:.0%}, {row['rate'] / row['onednn_rate']:.0%} |")
@@ -270,7 +270,7 @@ def table(name, rounds):
                 del results[contestant]
     middle = {contestant: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for contestant, runs in results.items()}
     ours = next(iter(middle.values()))["rate"]
-    print(f"\n| {name} | {unit} | ours is faster | peak MB | of the product rate: default, oneDNN's |\n|---|---|---|---|---|")
+    print(f"\n| {name} | {unit} | ours is faster | peak MB | of the product rate: default, as dpo.py asks for it |\n|---|---|---|---|---|")
     for contestant, row in middle.items():
         work = row["rate"] * 80 * (6 * 851_968 + 12 * 4 * 128 * 20)                  # operations a second, if rates are pairs
         share = "" if name != "dpo" else f"{work / row['default_rate']:.0%}, {work / row['onednn_rate']:.0%}"
