@@ -295,7 +295,7 @@ class GPTConfig:
 
 def attention(q, k, v, dropout: float = 0.0):
     """Causal attention, softmax(q k^T / sqrt(hs)) v. q, k, v (B,nh,T,hs) -> (B,nh,T,hs); nh heads of size hs. In generation the
-    newest token alone asks, q (B,nh,1,hs), and sees all."""
+    newest token alone asks, q (B,nh,1,hs), and sees all keys and values so far, k, v (B,nh,start+1,hs)."""
     B, n_head, T, size = q.shape
     if T == 1 or T > 256 or q.device.type != "cpu":                              # PyTorch's kernel
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)

@@ -3119,6 +3119,32 @@ def test_readme_holds_the_sweeps_numbers():
     rejects(check, {name: {**row, "efficiency": row["efficiency"] + 0.002} for name, row in means.items()})
 
 
+@pytest.mark.parametrize("sweep", ["sweep", "sweep_intel"])
+def test_readme_holds_the_sweeps_leads(sweep):
+    """README's findings 1 and 3, on both processors: DPO's efficiency at five betas, and its lead over PPO-GT at three, whose errors
+    are added as if independent; for the first sweep also paired by seed. Rejected: efficiencies of DPO higher by .002."""
+    here = Path(dpo.__file__).resolve().parent
+    results = json.loads((here / f"notebooks/figures/{sweep}.json").read_text())
+    readme = " ".join((here / "README.md").read_text().replace("−", "-").split())
+
+    def check(more):
+        def efficiency(method, kind="means", at="efficiency"):
+            return results[kind][method][at] + (more if method.startswith("DPO") and at == "efficiency" else 0.0)
+        for beta in ("4", "3", "2", "1.5", "1.2"):
+            mean, error = efficiency(f"DPO beta={beta}"), efficiency(f"DPO beta={beta}", at="efficiency_se")
+            assert f"{mean:.3f} ± {error:.3f}" in readme, beta
+        paired = []
+        for beta in ("4", "2", "1.2"):
+            dpos, ppos = f"DPO beta={beta}", f"PPO-GT beta={beta}"
+            error = np.hypot(efficiency(dpos, at="efficiency_se"), efficiency(ppos, at="efficiency_se"))
+            assert f"{efficiency(dpos) - efficiency(ppos):+.3f} ± {error:.3f}" in readme, beta
+            leads = [efficiency(f"{dpos} seed={seed}", "methods") - efficiency(f"{ppos} seed={seed}", "methods") for seed in range(3)]
+            paired.append(f"{dpo.standard_error(leads):.3f}")
+        assert sweep != "sweep" or "paired by seed they are {}, {} and {}".format(*paired) in readme
+    check(0.0)
+    rejects(check, 0.002)
+
+
 def test_family_by_keyword_and_without_typos():
     """LOSSES take the contract's argument names; a misspelt hyper-parameter and missing lengths are errors, not ignored."""
     logps = dict(policy_chosen_logps=torch.tensor([-3.0]), policy_rejected_logps=torch.tensor([-4.0]),

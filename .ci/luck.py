@@ -6,7 +6,8 @@
 Processors round differently, and after some hundred steps of training that is another draw of everything random. Each run here moves
 the first weights of every model by some ten millionths, which has the same effect. Assertions are counted, not raised; for each
 comparison by size the table has the smallest distance between its sides, in standard deviations over the runs (99: that or more;
--: not to be measured): below three, the claim hangs on luck. Notebook 7 trains in processes that this does not reach. Two runs at a time, one thread each.
+-: not to be measured): below three, the claim hangs on luck. Two runs at a time, one thread each. Notebook 7 trains in processes of
+its own, which this does not reach.
 """
 import argparse
 import ast
@@ -77,8 +78,7 @@ def run(notebook: Path, nudge: int):
 def distance(rows: list) -> float:
     """rows (runs, sides): the least distance of two neighbouring sides, mean over the runs / standard deviation."""
     gaps = [[right - left for left, right in zip(row, row[1:])] for row in rows]
-    return min((abs(statistics.mean(gap)) / max(statistics.stdev(gap), 1e-12) for gap in zip(*gaps)),
-               default=math.inf)
+    return min((abs(statistics.mean(gap)) / max(statistics.stdev(gap), 1e-12) for gap in zip(*gaps)), default=math.inf)
 
 
 def main():
