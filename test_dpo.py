@@ -38,6 +38,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -2483,10 +2484,20 @@ def weights(directory):
     return (directory / "model.safetensors").read_bytes()
 
 
+def forked(job):
+    """Start job() in a process of its own, whose exit code is what it returns. Its progress bars have a lock of their own, too:
+    tqdm's is shared with the parent, whom a child killed while it holds it would lock out for ever."""
+    def child():
+        dpo.tqdm.set_lock(threading.RLock())
+        os._exit(job())
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
 def killed(arguments, delay):
     """Run in a process of its own, and kill -9 it after `delay` seconds -> its exit code."""
-    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run(*arguments)))
-    child.start()
+    child = forked(lambda: run(*arguments))
     child.join(delay)
     child.kill()
     child.join()
@@ -2689,9 +2700,8 @@ def limited(limit, arguments):
     """Run with files limited to `limit` bytes: beyond, writing fails as on a full disk."""
     def job():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        os._exit(run(*arguments))
-    child = multiprocessing.get_context("fork").Process(target=job)
-    child.start()
+        return run(*arguments)
+    child = forked(job)
     child.join()
     return child.exitcode
 
