@@ -606,6 +606,9 @@ def predicting(mask):
     return F.pad(mask[:, 1:].bool(), (0, 1))
 
 
+MANY_LOGITS = 2 ** 25                   # 128 MB in float32
+
+
 def token_logps(model, tokens, mask):
     """log pi(token_t | tokens before t) where predicted(mask), 0 elsewhere. tokens, mask (B,T) -> (B,T), float32, in nats.
 
@@ -615,14 +618,13 @@ def token_logps(model, tokens, mask):
     at = predicting(mask)
     logits = model(tokens, at) if isinstance(model, GPT) else model(tokens)[at]                 # (N, V), N = at.sum()
     targets = tokens[predicted(mask)]                                                           # (N,)
-    many = 2 ** 25                                                                              # logits: 128 MB in float32
 
     def chosen_logps(logits, targets):                                                          # never in half precision
         return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
-    if logits.numel() <= many:
+    if logits.numel() <= MANY_LOGITS:
         logps = chosen_logps(logits, targets)
     else:       # keep no log-softmax of a large vocabulary: the backward pass makes it again from the logits, part by part
-        parts = zip(*(x.split(max(1, many // logits.shape[1])) for x in (logits, targets)))
+        parts = zip(*(x.split(max(1, MANY_LOGITS // logits.shape[1])) for x in (logits, targets)))
         logps = torch.cat([recompute(chosen_logps, *part, use_reentrant=False) for part in parts])
     return logps.new_zeros(tokens.shape).masked_scatter(predicted(mask), logps)
 
@@ -781,8 +783,8 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
         if not running.any():
             break
         if running.float().mean() < 0.75:                       # drop finished rows; not at each step, for it copies the cache
-            rows, token = rows[running], token[running]
-            cache = cache[:, :, running]
+            left = running.nonzero()[:, 0]
+            rows, token, cache = rows[left], token[left], cache.index_select(2, left)
         new = token[:, None]
     tokens = tokens.cpu()
     return [tokens[i, start:end].tolist() for i, (start, end) in enumerate(zip(lengths.tolist(), ends.tolist()))]

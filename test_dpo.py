@@ -24,6 +24,7 @@ Ten mistakes seen in public DPO and RLHF code, each planted below, and the test 
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import itertools
@@ -1621,19 +1622,19 @@ def tiny_ppo(policy, reference, beta, group=0):
     torch.manual_seed(0)
     index = {tuple(completion): i for i, completion in enumerate(TINY_COMPLETIONS)}
     reward = lambda prompts, completions: TINY_REWARD[[index[tuple(c)] for c in completions]]
-    settings = dpo.PPO(beta=beta, rollout=512, minibatch=256, max_new_tokens=2, group=group)
+    settings = dpo.PPO(beta=beta, rollout=256, minibatch=256, max_new_tokens=2, group=group)
     critic = None if group else tiny_gpt(4, n_outputs=1)
-    dpo.train_ppo(policy, critic, reference, [[0]], reward, settings, Training(480, 1e-2), quiet=True)
+    dpo.train_ppo(policy, critic, reference, [[0]], reward, settings, Training(240, 1e-2), quiet=True)
 
 
 def tiny_grpo(policy, reference, beta):
-    """GRPO on the true reward: no critic, 512 completions judged against one another."""
-    tiny_ppo(policy, reference, beta, group=512)
+    """GRPO on the true reward: no critic, 256 completions judged against one another."""
+    tiny_ppo(policy, reference, beta, group=256)
 
 
 @pytest.mark.parametrize("train", [tiny_dpo, tiny_ppo, tiny_grpo])
 def test_trainers_reach_the_analytic_optimum(train):
-    """DPO from pairs, PPO and GRPO from rewards all end within 5% total variation of pi_ref e^{r/beta} / Z, enumerated. With
+    """DPO from pairs, PPO and GRPO from rewards all end within 3% total variation of pi_ref e^{r/beta} / Z, enumerated. With
     other random numbers PPO and GRPO end within 2%. Rejected: the reference, and the optima at half and at twice beta."""
     reference, policy = tiny_gpt(4, seed=10), tiny_gpt(4, seed=10)
     logps = lambda model: completion_logps(model, [[0]] * 13, TINY_COMPLETIONS)
@@ -1641,7 +1642,7 @@ def test_trainers_reach_the_analytic_optimum(train):
 
     def check(log_pi):
         distance = 0.5 * (log_pi.exp() - tilted(logps(reference), TINY_REWARD, 1.0)[0].exp()).abs().sum()
-        assert distance < 0.05, f"total variation {distance:.3f} from the analytic optimum"
+        assert distance < 0.03, f"total variation {distance:.3f} from the analytic optimum"
     check(logps(policy))
     rejects(check, logps(reference), *(tilted(logps(reference), TINY_REWARD, beta)[0] for beta in (0.5, 2.0)))
 
@@ -2403,7 +2404,7 @@ def test_gridworld_bandits_of_the_ipo_paper():
     """Two arms: DPO goes to pi = 1 for every beta, IPO to s(.5/tau). Three arms a > b > c: with c = 1/(2 tau), least squares of
     x = y = c, x + y = c is x = y = 2c/3, so pi = softmax(4c/3, 2c/3, 0): (.964, .034, .001), (.563, .289, .148) and
     (.448, .321, .230). (ALGORITHMS.md section 5 prints figures up to .005 away: they had not converged.)"""
-    two, three = gw.bandit_figures()
+    two, three = gw.bandit_figures(steps=2000)
     for tau in (0.1, 0.5, 1.0):
         assert two["dpo", tau][-1] > 0.9999
         assert abs(two["ipo", tau][-1] - 1 / (1 + math.exp(-0.5 / tau))) < 1e-6
@@ -2898,17 +2899,18 @@ def test_split_is_by_prompt():
 
 @pytest.mark.slow
 def test_memory_grows_by_token_ids_only():
-    """Pairs of 20 kB of text stream through encode_pairs: of 10 MB of text, what stays is the ids, 4 bytes each, and 1 kB a pair at
+    """Pairs of 20 kB of text stream through encode_pairs: of 4 MB of text, what stays is the ids, 4 bytes each, and 1 kB a pair at
     most for arrays and indices. Rejected: the texts kept."""
     import tracemalloc
-    tokenizer = dpo.train_tokenizer(["word " * 9])
+    text = " internationalisation" * 500                                         # a token each, so few ids for much text
+    tokenizer = dpo.train_tokenizer([text])
 
     def check(keep):
         kept = []
 
         def stream():
-            for i in range(500):
-                pair = dpo.Preference(f"{i}", "word " * 2000 + str(i), "word " * 2000 + f"b{i}")
+            for i in range(200):
+                pair = dpo.Preference(f"{i}", text + str(i), text + f"b{i}")
                 if keep:
                     kept.append(pair)
                 yield pair
@@ -2917,7 +2919,7 @@ def test_memory_grows_by_token_ids_only():
         used, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         ids = 4 * sum(len(c) for c in pairs.completions)
-        assert peak < ids + 500 * 1024 + 1e6, (used, peak, ids)
+        assert peak < ids + 200 * 1024 + 1e6, (used, peak, ids)
     check(False)
     rejects(check, True)
 
@@ -2985,11 +2987,16 @@ def test_eval_of_the_reference_and_of_a_reward_model(world, capsys):
 
 
 def test_lean_logps_equal_plain_ones(monkeypatch):
-    """With a large vocabulary the log-softmax is made again in the backward pass, in parts: the same log-probs and gradients."""
-    logits = torch.randn(700, 50_000, requires_grad=True)
-    tokens, mask = torch.randint(50_000, (1, 701)), torch.ones(1, 701)
-    logps = dpo.token_logps(lambda tokens: F.pad(logits.view(1, 700, -1), (0, 0, 0, 1)), tokens, mask)
-    expected = logits.log_softmax(-1).gather(1, tokens[:, 1:].reshape(-1, 1)).view(1, 700)
+    """With many logits the log-softmax is made again in the backward pass, in parts: the same log-probs and gradients."""
+    monkeypatch.setattr(dpo, "MANY_LOGITS", 1000)                                # so in parts of 20 rows
+    parts, recompute = [], dpo.recompute
+    monkeypatch.setattr(dpo, "recompute", lambda function, *part, **options: parts.append(len(part[1])) or recompute(
+        function, *part, **options))
+    logits = torch.randn(73, 50, requires_grad=True)
+    tokens, mask = torch.randint(50, (1, 74)), torch.ones(1, 74)
+    logps = dpo.token_logps(lambda tokens: F.pad(logits.view(1, 73, -1), (0, 0, 0, 1)), tokens, mask)
+    expected = logits.log_softmax(-1).gather(1, tokens[:, 1:].reshape(-1, 1)).view(1, 73)
+    assert parts == [20, 20, 20, 13]
     close(logps[:, 1:], expected, tolerance=1e-5)
     gradients = [torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (logps, expected)]
     close(*gradients, tolerance=1e-5)
@@ -3043,8 +3050,13 @@ TINY = dict(sft_steps=20, prompts=64, dpo_steps=8, reward_model_steps=8, baselin
             limit_samples=64)
 
 
-def test_demonstration_writes_what_it_promises(tmp_path, capsys):
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_demonstration_writes_what_it_promises(tmp_path, capsys, monkeypatch, processes):
     """summary.json holds every method with every column, finite or null; losses start at log 2 and ratios at 1; the figures are there."""
+    if processes == 1:                                                           # and less of everything: a few seconds less
+        monkeypatch.setattr(dpo, "two_processes", contextlib.nullcontext)
+        monkeypatch.setattr(dpo, "MAX_NEW_TOKENS", 12)
+        monkeypatch.setattr(dpo, "reward_model_accuracy", functools.partial(dpo.reward_model_accuracy, n=64))
     dpo.demonstrate(dpo.Scale(**TINY), seed=3, out=tmp_path, note="tiny")
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(summary["methods"]) == ["SFT", "Best-of-4", "Best-of-16", "Best-of-64", "Preferred-FT", "Unlikelihood", "PPO-RM",
