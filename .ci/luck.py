@@ -25,13 +25,27 @@ ROOT = Path(__file__).resolve().parent.parent
 QUIET = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
+def is_all(claim) -> bool:
+    """Whether the claim is all(... for ...)."""
+    return isinstance(claim, ast.Call) and ast.unparse(claim.func) == "all" and isinstance(claim.args[0], ast.GeneratorExp)
+
+
+def parts(claim) -> list:
+    """A and B -> A, B;  all(A and B for x in y) -> all(A for x in y), all(B for x in y)."""
+    if isinstance(claim, ast.BoolOp) and isinstance(claim.op, ast.And):
+        return [part for value in claim.values for part in parts(value)]
+    if is_all(claim) and len(parts(claim.args[0].elt)) > 1:
+        each = claim.args[0]
+        return [ast.Call(claim.func, [ast.GeneratorExp(part, each.generators)], []) for part in parts(each.elt)]
+    return [claim]
+
+
 class Record(ast.NodeTransformer):
     """assert A and B  ->  record("A", A, sides of A); record("B", B, sides of B). Sides: of a comparison, or of each one in all(...)."""
 
     def visit_Assert(self, node):
-        both = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
         return [ast.parse(f"record({ast.unparse(claim)!r}, {ast.unparse(claim)}, lambda: {self.sides(claim)})").body[0]
-                for claim in (node.test.values if both else [node.test])]
+                for claim in parts(node.test)]
 
     def sides(self, claim):
         def pair(comparison):
@@ -40,9 +54,8 @@ class Record(ast.NodeTransformer):
             return f"[{', '.join(map(ast.unparse, (comparison.left, *comparison.comparators)))}]"
         if isinstance(claim, ast.Compare):
             return f"[{pair(claim)}]"
-        if isinstance(claim, ast.Call) and ast.unparse(claim.func) == "all" and isinstance(claim.args[0], ast.GeneratorExp):
-            if isinstance(claim.args[0].elt, ast.Compare):
-                return f"[{pair(claim.args[0].elt)} {' '.join(map(ast.unparse, claim.args[0].generators))}]"
+        if is_all(claim) and isinstance(claim.args[0].elt, ast.Compare):
+            return f"[{pair(claim.args[0].elt)} {' '.join(map(ast.unparse, claim.args[0].generators))}]"
         return "[]"
 
 
