@@ -37,6 +37,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -2537,27 +2538,53 @@ def test_kill_and_resume_changes_no_bit(world, tmp_path, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo", "rm", "ppo"])
-def test_two_processes_equal_one(world, tmp_path, stage):
-    """torchrun with two processes, by DDP and by FSDP2: the losses of one process to 1e-5, though the batch of 5 is uneven;
+def test_two_processes_equal_one(world, tmp_path, stage, capfd):
+    """Two processes, by DDP and by FSDP2: the losses of one process to 1e-5, though the batch of 5 is uneven;
     rank 0 alone has written. Rejected: half of the batch."""
-    options = ["--steps", 4, "--batch-size", 5 if stage != "ppo" else 6] + (["--minibatch", 3] if stage == "ppo" else [])
-    arguments = [a for a in command(world, stage) if a not in ("--dropout", 0.1)] + options
-    assert run(*arguments, "--out", tmp_path / "one") == 0
-    for flags in ([], ["--fsdp", "--micro-batch", 1]):
-        out = tmp_path / ("fsdp" if flags else "ddp")
-        result = torchrun(*arguments, *flags, "--out", out)
-        assert result.returncode == 0, result.stderr
+    size = ["--batch-size", 5] if stage != "ppo" else ["--batch-size", 6, "--minibatch", 3]
+    arguments = [a for a in command(world, stage, "--steps", 4) if a not in ("--dropout", 0.1)]
+    assert run(*arguments, *size, "--out", tmp_path / "one") == 0
+    assert run(*arguments, *[number // 2 if isinstance(number, int) else number for number in size], "--out", tmp_path / "half") == 0
+
+    def check(out):
         rows, expected = (metrics(path)[:-1] for path in (out, tmp_path / "one"))
         assert [row["step"] for row in rows] == [0, 1, 2, 3]
         for name in ("loss", "gradient_norm"):
             close(column(rows, name), column(expected, name), name, tolerance=1e-5)
         close(GPT.from_pretrained(out).wte.weight, GPT.from_pretrained(tmp_path / "one").wte.weight, tolerance=1e-4)
-        assert result.stdout.count("jsonl: ") == 1
+    rejects(check, tmp_path / "half")
+    for flags in ([], ["--fsdp", "--micro-batch", 1]):
+        out = tmp_path / ("fsdp" if flags else "ddp")
+        capfd.readouterr()
+        assert in_two_processes(*arguments, *size, *flags, "--out", out) == [0, 0]
+        assert capfd.readouterr().out.count("jsonl: ") == 1
+        check(out)
+
+
+def in_two_processes(*arguments) -> list:
+    """The command line in two processes that find each other as torchrun's do, but forked, without its seconds of imports ->
+    their exit codes."""
+    import torch.distributed.fsdp                                                # before the fork, so once
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def job(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return run(*arguments)
+    children = [forked(functools.partial(job, rank)) for rank in range(2)]
+    for child in children:
+        child.join(100)
+        child.kill()                                                             # nothing to kill, as a rule
+        child.join()
+    return [child.exitcode for child in children]
 
 
 def torchrun(*arguments):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", dpo.__file__,
-                           *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Start the command line in two processes by torchrun."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", dpo.__file__,
+                             *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
@@ -2566,7 +2593,7 @@ def test_less_data_than_processes(world, tmp_path):
     data = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "the plot", "chosen": " was good.", "rejected": " was bad."}])
     arguments = "dpo", "--data", data, "--init", world / "sft", "--steps", 3, "--batch-size", 1
     for flags in ([], ["--fsdp"]):
-        assert torchrun(*arguments, *flags, "--out", tmp_path / "two", "--overwrite").returncode == 0
+        assert in_two_processes(*arguments, *flags, "--out", tmp_path / "two", "--overwrite") == [0, 0]
         assert run(*arguments, "--out", tmp_path / "one", "--overwrite") == 0
         rows, expected = (metrics(tmp_path / name)[:-1] for name in ("two", "one"))
         close(column(rows, "loss"), column(expected, "loss"), tolerance=1e-5)
@@ -2576,9 +2603,7 @@ def test_less_data_than_processes(world, tmp_path):
 def test_a_dead_process_ends_all(world, tmp_path):
     """Of two processes one is killed: the other says so and ends, torchrun too; the checkpoint is whole."""
     out = tmp_path / "out"
-    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", dpo.__file__,
-                            *map(str, command(world, "dpo", "--steps", 100_000, "--save-every", 5, "--out", out))],
-                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    job = torchrun(*command(world, "dpo", "--steps", 100_000, "--save-every", 5, "--out", out))
     while not (out / "checkpoint.pt").exists() and job.poll() is None:
         time.sleep(0.2)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True).stdout.split()
@@ -2595,9 +2620,7 @@ def test_two_processes_stop_and_go_on(world, tmp_path, flags):
     from there, Adam's moments included, and give the losses of an unbroken run to 1e-5. Rejected: a run that begins anew."""
     steps = [48 if argument == 12 else argument for argument in command(world, "dpo")]
     assert run(*steps, "--out", tmp_path / "whole") == 0
-    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", dpo.__file__,
-                            *map(str, steps), *flags, "--save-every", "1", "--out", tmp_path / "two"],
-                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    job = torchrun(*steps, *flags, "--save-every", 1, "--out", tmp_path / "two")
     while not (tmp_path / "two" / "checkpoint.pt").exists() and job.poll() is None:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
@@ -2605,7 +2628,7 @@ def test_two_processes_stop_and_go_on(world, tmp_path, flags):
     done = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["step"]
     assert done == 48 or "--resume goes on from there" in said and job.returncode, said
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    assert torchrun(*steps, *flags, "--resume", "--out", tmp_path / "two").returncode == 0
+    assert in_two_processes(*steps, *flags, "--resume", "--out", tmp_path / "two") == [0, 0]
     assert run(*steps, "--resume", "--out", tmp_path / "one") == 0
 
     def check(directory):
