@@ -1,7 +1,7 @@
 """Tests of dpo.py: the mathematics first, then the machinery.
 
     pytest                                       everything, in some minutes
-    pytest -m "not slow"                         all but the kills, the processes and the training on real text: in half a minute
+    pytest -m "not slow"                         all but the kills, the processes and the training on real text: within a minute
     DPO_MODULE=my_dpo pytest -k loss             the loss tests alone, against your own my_dpo.py
     DPO_MODULE=exercises pytest                  all that grades a module of notebooks/ or your own, and nothing else
 
