@@ -7,7 +7,7 @@ measured against the best that any method could do: the analytic limit.
 
     python dpo.py             the whole comparison on two CPU cores, offline, two minutes; figures and numbers in out/
     python dpo.py --fast      the same story in half a minute, less precise
-    python dpo.py --sweep     several betas, numbers of pairs and seeds, 18 minutes: the README's figure
+    python dpo.py --sweep     several betas, numbers of pairs and seeds, 20 minutes: the README's figure
 
     python dpo.py sft|dpo|rm|ppo|eval|sample --help      the same stages on your own data, from scratch or from GPT-2
 
