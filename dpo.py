@@ -216,11 +216,12 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
 
     The 256 bytes are the first tokens, so any text can be encoded (and vocab_size is 257 at least); then the most frequent adjacent
     pair becomes a token, again and again, until vocab_size - 1 tokens stand. Words are cut first (merges never cross a word), and
-    each distinct word is merged once, however often it occurs. The id of a token is its rank: lower ranks merge first.
+    each distinct word is merged once, however often it occurs; words of more than 64 characters, which are no words as a rule,
+    teach nothing, nor do all but the 8,192 most frequent. The id of a token is its rank: lower ranks merge first.
     """
     counts = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text) if len(word) <= 64)
     if len(counts) > 8192:
-        counts = dict(counts.most_common(8192))                                  # rarer words hardly sway the merges
+        counts = dict(counts.most_common(8192))
     pieces = {word: [bytes([byte]) for byte in word.encode()] for word in counts}
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < vocab_size - 1:
@@ -874,8 +875,11 @@ class Run:
             self.last_good = saved["step"]
         if self.out and process()[0] == 0:
             path = self.out / "metrics.jsonl"
-            rows = path.read_text().splitlines(keepends=True) if saved else []
-            rows = [row for row in rows if row.endswith("}\n") and json.loads(row).get("step", self.last_good) < self.last_good]
+            rows = path.read_text().splitlines(keepends=True) if saved and path.exists() else []
+            try:
+                rows = [row for row in rows if row.endswith("}\n") and json.loads(row).get("step", self.last_good) < self.last_good]
+            except ValueError as error:
+                raise ValueError(f"{path}: a line of it is not JSON ({error}); without the file --resume goes on, too") from None
             replace_file(path, lambda draft: draft.write_text("".join(rows)))
             for leftover in self.out.glob(LEFTOVER):
                 leftover.unlink()
@@ -1222,6 +1226,7 @@ class Rows:
         return len(self.ends) - 1
 
     def __getitem__(self, i):
+        i = range(len(self))[i]                                                  # of the end, if negative; or an IndexError
         return np.array(self.ids[self.ends[i]:self.ends[i + 1]])
 
 
@@ -1390,9 +1395,11 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
                       **options):
     """Train `model` in place on preferences against the frozen `reference`; return the history.
 
-    loss: a function like those of section 9, with hyper its own settings; None is DPO. The reference never changes, so it is
-    asked once, before the first step, about the completions that training will see.
+    loss: a function like those of section 9, with hyper its own settings; None is DPO, which has none. The reference never
+    changes, so it is asked once, before the first step, about the completions that training will see.
     """
+    if hyper and not loss:
+        raise TypeError(f"hyper without a loss that it could belong to: {hyper}")
     device, rows = next(model.parameters()).device, shuffled(len(pairs), training, pairs.prompt_index)
     seen = [rows(step) for step in range(min(training.steps, -(-len(pairs) // training.batch_size)))]       # one epoch at most
     reference_logps = completion_logps(reference, pairs.prompts, pairs.completions, batch_size=min(512, 2 * training.micro_batch),
@@ -1417,8 +1424,9 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
 # ======================================================================================================================
 # 9. The family of losses
 # ======================================================================================================================
-# Each takes the four (B,) vectors of summed log-probs and returns (B,). In the comments: d_w, d_l, h as in section 8,
-# eps = label_smoothing, |y| the number of tokens. Where beta is not DPO's, it is said.
+# Each takes four (B,) vectors of summed log-probs and returns (B,). pc, pr: the policy's, of the chosen and of the rejected
+# completion; rc, rr: the reference's. So d_w = pc - rc, d_l = pr - rr and h = d_w - d_l, as in section 8. In the comments
+# eps = label_smoothing and |y| is the number of tokens. Where beta is not DPO's, it is said.
 
 
 def _dpo(pc, pr, rc, rr, *, beta, **_):
@@ -1455,7 +1463,7 @@ def _exo(pc, pr, rc, rr, *, beta, label_smoothing=1e-3, **_):
 
 def _chipo(pc, pr, rc, rr, *, beta, r_max=10.0, **_):
     # -log s( clip_{+-2R}[ beta phi(e^{d_w}) - beta phi(e^{d_l}) ] ),  phi(z) = z + log z          [2407.13399]
-    # exp is held at e^40: beyond it the clip has long cut the gradient, and float32 would overflow
+    # exp is held at e^40, or float32 would overflow; where one side alone is there, the clip has long cut the gradient
     phi = lambda d: d.clamp(max=40).exp() + d
     return -F.logsigmoid((beta * (phi(pc - rc) - phi(pr - rr))).clamp(-2 * r_max, 2 * r_max))
 
@@ -1487,12 +1495,12 @@ def _simpo(pc, pr, rc=None, rr=None, *, beta, chosen_lengths, rejected_lengths, 
 
 
 def _unlikelihood(pc, pr, rc=None, rr=None, *, alpha=0.1, **_):
-    # -log pi(y_w) + alpha log pi(y_l)                        no weight, no bound: see (6)          [2305.18290 App C.3]
+    # -log pi(y_w) + alpha log pi(y_l)                        no weight, no bound: see (6); no beta [2305.18290 App C.3]
     return -pc + alpha * pr
 
 
 def _sft(pc, pr=None, rc=None, rr=None, **_):
-    # -log pi(y_w)                                            Preferred-FT: imitate the chosen          [2305.18290 s. 6]
+    # -log pi(y_w)                                            Preferred-FT: imitate the chosen; no beta [2305.18290 s. 6]
     return -pc
 
 
@@ -1544,8 +1552,8 @@ LOSSES = {formula.__name__[1:]: by_name(formula) for formula in (
 # 10. The baseline: RLHF with a reward model and PPO
 # ======================================================================================================================
 # What DPO does without: first a reward model by maximum likelihood of the labels, then reinforcement learning of
-# objective (1) against it. The two losses side by side: DPO's is -log s of a difference of log-ratios, the reward model's
-# is -log s of a difference of scores. It is the same regression; only the function that gets fitted is another one.
+# objective (1) against it. The two losses side by side: DPO's is -log s of beta times a difference of log-ratios, the reward
+# model's is -log s of a difference of scores. It is the same regression; only the function that gets fitted is another one.
 
 
 def last_response_token(mask):
@@ -2159,7 +2167,7 @@ PPO's first |ratio - 1|: {checks["ppo_first_ratio_minus_1"]:.0e}.
 Figures and numbers: {out}/frontier.png, training.png, summary.json. {time.time() - started:.0f} s. {note}""")
 
 
-def sweep(seeds, out: Path, scale: Scale):
+def sweep(seeds, out: Path, scale: Scale, note=""):
     """Several betas for DPO, with twice the demonstration's steps, and for PPO; DPO with fewer pairs and with the demonstration's
     steps; everything redone for each seed. Writes sweep.json and sweep.png."""
     started, methods, frontiers, accuracies = time.time(), {}, [], []
@@ -2182,11 +2190,11 @@ def sweep(seeds, out: Path, scale: Scale):
                        "reward_model_and_bayes_accuracy": accuracies, "config": {**asdict(scale), "seeds": list(seeds)},
                        "seconds": time.time() - started}
             write_json(out / "sweep.json", results)
-    plot_sweep(results, out / "sweep.png")
+    plot_sweep(results, out / "sweep.png", note)
     print_table(results["means"])
     print("Accuracy of reward model / Bayes-optimal, by seed:", *(f"{model:.3f} / {bayes:.3f}" for model, bayes in accuracies),
           "\nRelative error of the limit, by KL:", *(f"{kl} nats {np.mean(error):.2%}" for kl, error in errors.items()),
-          f"\nFigure and numbers: {out}/sweep.png, sweep.json. {results['seconds']:.0f} s.")
+          f"\nFigure and numbers: {out}/sweep.png, sweep.json. {results['seconds']:.0f} s. {note}")
 
 
 def over_seeds(methods: dict) -> dict:
@@ -2259,9 +2267,9 @@ def draw_frontier(axis, limit: list, methods: dict):
     axis.legend(once.values(), once.keys(), fontsize=8, loc="lower right")
 
 
-def plot_sweep(results: dict, path: Path):
+def plot_sweep(results: dict, path: Path, note=""):
     """The frontier, means over seeds; where DPO lands with few and with many pairs, and how near the limit."""
-    figure, axes = new_figure(1, 3, (14, 4.6), width_ratios=(2, 1, 1))
+    figure, axes = new_figure(1, 3, (14, 4.6), note, width_ratios=(2, 1, 1))
     means = {name: row for name, row in results["means"].items() if "pairs" not in name}
     draw_frontier(axes[0, 0], results["frontier"], means)
     for name, row in means.items():
@@ -2326,6 +2334,8 @@ def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tu
         raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
     if scores and (model.score is None or model.score.out_features != 1):
         raise ValueError(f"{directory}: not a reward model, which has one trained output; a language model's rewards need --reference")
+    if n_outputs and model.score.out_features != n_outputs:
+        raise ValueError(f"{directory}: its trained head has {model.score.out_features} outputs, not {n_outputs}")
     if not scores and n_outputs is None and model.score is not None:
         raise ValueError(f"{directory}: a reward model, where a language model is needed")
     if like and tokenizer._mergeable_ranks != like[1]._mergeable_ranks:
@@ -2408,10 +2418,10 @@ def stage_sft(options, device) -> dict:
             side, numbers = (rest, rest_lines) if is_held_out(text) and not options.all else (texts, lines)
             side.append(piece)
             numbers.append(line)
-    report(options.data, len(texts) + len(rest), {"texts longer than the block, cut into pieces": cut, "rows held out": len(rest),
-                                                  "duplicates": n - len(seen)})
     if not len(texts):                                                           # a split would leave none to train on
         texts, lines, rest = rest, rest_lines, []
+    report(options.data, len(texts) + len(rest), {"texts longer than the block, cut into pieces": cut, "rows held out": len(rest),
+                                                  "duplicates": n - len(seen)})
     train_sft(model, texts, *plan(options, model, tokenizer, lines))
     if not len(rest):
         return {}
@@ -2441,8 +2451,8 @@ def loss_settings(options) -> dict:
             good = found.isfinite().all() and 0 <= hyper.get("label_smoothing", 0) < 0.5 and hyper.get("r_max", 1) > 0
         except (ValueError, ZeroDivisionError):
             good = False
-        except TypeError as unknown:
-            raise ValueError(f"--hyper {setting}: {unknown}") from None
+        except TypeError:
+            raise ValueError(f"--hyper {setting}: the loss {options.loss} has no hyper-parameter {name!r}") from None
         if not good:
             raise ValueError(f"--hyper {setting}: not a number that the loss {options.loss} can use")
     return hyper
@@ -2454,10 +2464,10 @@ def stage_rm(options, device) -> dict:
     pairs, held_out = read_pairs(options, tokenizer, model.config.block_size)
     training, run = plan(options, model, tokenizer, pairs.lines)
     train_reward_model(model, pairs, training, run=run)
-    return compare(model, None, held_out, options.beta) if held_out else {}
+    return compare(model, None, held_out) if held_out else {}
 
 
-def compare(model, reference, pairs: Pairs, beta: float) -> dict:
+def compare(model, reference, pairs: Pairs, beta=None) -> dict:
     """Accuracy and margin, with standard errors, of the rewards that a reward model gives, or that a policy implies: for every --loss
     these are beta log(pi/pi_ref), and "loss" is DPO's of them."""
     more = {}
@@ -2469,9 +2479,12 @@ def compare(model, reference, pairs: Pairs, beta: float) -> dict:
         losses, chosen, rejected = dpo_loss(*(side[rows] for side in logps for rows in (pairs.chosen, pairs.rejected)), beta)
         margins, more = chosen - rejected, {"loss": losses.mean().item(), "chosen_reward": chosen.mean().item(),
                                             "rejected_reward": rejected.mean().item()}
-    error = lambda x: standard_error(x.numpy()) if len(x) > 1 else None
-    return {"pairs": len(pairs), "accuracy": right(margins).mean().item(), "accuracy_se": error(right(margins)),
-            "margin": margins.mean().item(), "margin_se": error(margins), **more}
+    return {"pairs": len(pairs), **mean_and_error("accuracy", right(margins)), **mean_and_error("margin", margins), **more}
+
+
+def mean_and_error(name: str, values) -> dict:
+    """{name: the mean, name_se: its standard error, or None where there is but one value}."""
+    return {name: values.mean().item(), name + "_se": standard_error(values.numpy()) if len(values) > 1 else None}
 
 
 def stage_ppo(options, device) -> dict:
@@ -2487,7 +2500,7 @@ def stage_ppo(options, device) -> dict:
     report(options.data, len(prompts), {"prompts cut on the left": sum(len(prompt) > room for prompt in prompts),
                                         "prompts held out": int((~train).sum()), "duplicates": len(texts) - len(set(texts))})
     prompts = [np.array(prompt[-room:], np.int32) for prompt in prompts]
-    sample = prompts[:512]                                                       # the reward's mean and spread before training
+    sample = list(itertools.islice(itertools.cycle(prompts), 512))               # the reward's mean and spread before training
     completions = generate(policy, sample, options.max_new_tokens)
     scores = score_completions(reward_model, sample, completions)
     mean, std = scores.mean(), max(scores.std(correction=0).item(), 1e-6)
@@ -2503,10 +2516,10 @@ def stage_ppo(options, device) -> dict:
     rest = [prompts[i] for i in np.flatnonzero(~train)[:256]]
     if not rest:
         return {}
-    completions = generate(policy, rest, options.max_new_tokens)
-    kl = completion_logratios(policy, reference, rest, completions)
-    scores = score_completions(reward_model, rest, completions)
-    return {"held_out_reward": scores.mean().item(), "reward_before": mean.item(), "held_out_kl": kl.mean().item()}
+    before, after = (generate(model, rest, options.max_new_tokens) for model in (reference, policy))
+    return {"prompts": len(rest), **mean_and_error("held_out_reward", score_completions(reward_model, rest, after)),
+            **mean_and_error("reward_before", score_completions(reward_model, rest, before)),
+            **mean_and_error("held_out_kl", completion_logratios(policy, reference, rest, after))}
 
 
 def stage_eval(options, device) -> dict:
@@ -2541,16 +2554,16 @@ def stage_sample(options, device) -> dict:
 
 
 TRAIN = " out resume overwrite save-every epochs steps batch-size micro-batch learning-rate fsdp compile"
-# name: (function, one line, its options); all take --seed and --beta. "init?", "init+" and "batch-size?" are --init and --batch-size with
-# other rules or defaults, see OPTIONS
+# name: (function, one line, its options); all take --seed. "init?", "init+" and "batch-size?" are --init and --batch-size with other
+# rules or defaults, see OPTIONS
 STAGES = {
     "sft": (stage_sft, "imitate texts", "data init? all vocab-size block-size n-layer n-head n-embd dropout" + TRAIN),
-    "dpo": (stage_dpo, "learn from preferences", "data init reference all skip-long loss hyper" + TRAIN),
+    "dpo": (stage_dpo, "learn from preferences", "data init reference all skip-long loss hyper beta" + TRAIN),
     "rm": (stage_rm, "fit a reward model", "data init all skip-long" + TRAIN),
-    "ppo": (stage_ppo, "maximise a reward model", "data init all reward ppo-epochs minibatch max-new-tokens"
+    "ppo": (stage_ppo, "maximise a reward model", "data init all reward beta ppo-epochs minibatch max-new-tokens"
             + TRAIN.replace("batch-size", "batch-size?")),
-    "eval": (stage_eval, "held-out preference accuracy and margins", "data init reference all skip-long"),
-    "sample": (stage_sample, "completions, side by side", "init+ reference prompt n max-new-tokens temperature top-k top-p")}
+    "eval": (stage_eval, "held-out preference accuracy and margins", "data init reference all skip-long beta"),
+    "sample": (stage_sample, "completions, side by side", "init+ reference prompt n max-new-tokens temperature top-k top-p beta")}
 OPTIONS = {                             # name: (default, help). A type: no default. False: a switch. Some must be given, see MUST
     "data": (Path, "JSONL: {prompt, chosen, rejected}, {text} for sft, {prompt} for ppo"),
     "out": (Path, "directory for the model, its checkpoint and metrics.jsonl"),
@@ -2645,14 +2658,14 @@ def main(arguments=None) -> int:
     """The command line: the demonstration, the sweep or one stage -> exit code."""
     parser = Parser(description="Direct Preference Optimization. Without arguments: the whole comparison.")
     parser.add_argument("--fast", action="store_true", help="the same story in a quarter of the time, less precise")
-    parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's figures")
+    parser.add_argument("--sweep", action="store_true", help="several betas, numbers of pairs and seeds: the README's first figure")
     add_option(parser, "seed")
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the results")
     stages = parser.add_subparsers(dest="stage", title="on your own data")
     for name, (_, line, names) in STAGES.items():
         stage = stages.add_parser(name, help=line, description=line)
         stage.set_defaults(out=None)
-        for option in (names + " seed beta").split():
+        for option in (names + " seed").split():
             add_option(stage, option)
     options = parser.parse_args(arguments)
     if options.stage and (sys.argv[1:] if arguments is None else arguments)[0] != options.stage:
@@ -2665,7 +2678,7 @@ def main(arguments=None) -> int:
             run_stage(options)
         elif options.sweep:
             finer = replace(scale, limit_samples=2 * scale.limit_samples, reward_model_steps=4 * scale.reward_model_steps // 3)
-            sweep(range(options.seed, options.seed + 3), options.out, finer)
+            sweep(range(options.seed, options.seed + 3), options.out, finer, note)
         else:
             demonstrate(scale, options.seed, options.out, note)
     except (FloatingPointError, RunFailed, RuntimeError, ValueError, OSError) as error:

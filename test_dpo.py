@@ -2608,7 +2608,7 @@ def test_a_dead_process_ends_all(world, tmp_path):
         time.sleep(0.2)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=200)
     assert job.returncode == 1 and "another process died" in said
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] >= 5
 
@@ -2624,7 +2624,7 @@ def test_two_processes_stop_and_go_on(world, tmp_path, flags):
     while not (tmp_path / "two" / "checkpoint.pt").exists() and job.poll() is None:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    _, said = job.communicate(timeout=100)
+    _, said = job.communicate(timeout=200)
     done = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["step"]
     assert done == 48 or "--resume goes on from there" in said and job.returncode, said
     shutil.copytree(tmp_path / "two", tmp_path / "one")
@@ -2690,13 +2690,20 @@ def test_faults_of_files_and_arguments(world, tmp_path, capfd):
                                (["--init", world / "sft", "--out", foreign], "--overwrite"),
                                (["--init", world / "sft", "--out", world / "rm"], "--resume"),
                                (["--init", world / "sft", "--out", world / "sft", "--overwrite"], "overwrite a model"),
-                               (["--init", world / "sft", "--hyper", "label_smoothing=0.1"], "label_smoothing")]:
+                               *((["--init", world / "sft", "--hyper", setting], f"no hyper-parameter '{setting[:-4]}'")
+                                 for setting in ("label_smoothing=0.1", "beta=0.1", "chosen_lengths=0.1", "=0.1"))]:
         capfd.readouterr()
         assert run("dpo", "--data", data, "--out", out, *options) == 2
         said = capfd.readouterr().err
         assert complaint in said and said.count("\n") == 1, said
         assert not out.exists() and [path.name for path in foreign.iterdir()] == ["thesis.tex"]
     assert run("dpo", "--data", data, "--init", world / "sft", "--out", foreign, "--overwrite") == 0 and (foreign / "thesis.tex").exists()
+    GPT.from_pretrained(world / "sft", n_outputs=2).save_pretrained(tmp_path / "two")
+    dpo.save_tokenizer(dpo.read_tokenizer(world / "sft"), tmp_path / "two")
+    capfd.readouterr()
+    assert run("rm", "--data", data, "--init", tmp_path / "two", "--out", out) == 2
+    said = capfd.readouterr().err
+    assert "2 outputs, not 1" in said and said.count("\n") == 1 and not out.exists()
 
 
 def test_checkpoints_that_are_refused(world, tmp_path, capfd):
@@ -2717,6 +2724,13 @@ def test_checkpoints_that_are_refused(world, tmp_path, capfd):
         said = capfd.readouterr().err
         assert complaint in said and said.count("\n") == 1 and before == {path: path.read_bytes() for path in out.iterdir()}
     assert not (tmp_path / "executed").exists()
+    log = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(log.replace("{", "{{", 1))
+    capfd.readouterr()
+    assert run(*command(world, "dpo", "--out", out, "--resume")) == 2
+    said = capfd.readouterr().err
+    assert f"{out / 'metrics.jsonl'}: a line of it is not JSON" in said and said.count("\n") == 1
+    (out / "metrics.jsonl").unlink()                                             # it is not needed to go on
     assert run(*command(world, "dpo", "--out", out, "--resume")) == 0            # the good one: done already, nothing to do
 
 
@@ -2831,8 +2845,59 @@ def test_ppo_says_when_completions_do_not_end(world, tmp_path, monkeypatch, caps
     def said(completion):
         monkeypatch.setattr(dpo, "generate", lambda model, prompts, *more, **options: [completion] * len(prompts))
         assert run(*command(world, "ppo", "--steps", 1, "--out", tmp_path / "out", "--overwrite")) == 0
-        return "60 of 60 completions do not end within --max-new-tokens 8" in capsys.readouterr().out, metrics(tmp_path / "out")[0]["ended"]
+        return "512 of 512 completions do not end within --max-new-tokens 8" in capsys.readouterr().out, metrics(tmp_path / "out")[0]["ended"]
     assert said([5, 6]) == (True, 0) and said([5, eos]) == (False, 1)
+
+
+def test_ppo_compares_rewards_of_the_same_prompts(world, tmp_path, monkeypatch):
+    """The summary's rewards before and after are of the same prompts, held out. Rejected: before as the mean over a rollout's prompts."""
+    asked = []
+    generate = dpo.generate
+    monkeypatch.setattr(dpo, "generate", lambda model, prompts, *more, **options: asked.append([[*prompt] for prompt in prompts]) or
+                        generate(model, prompts, *more, **options))
+    assert run(*command(world, "ppo", "--steps", 1, "--out", tmp_path / "out")) == 0
+
+    def check(before):
+        assert before == asked[-1]
+    check(asked[-2])
+    rejects(check, asked[0], asked[-3])                                          # of all prompts; of a rollout
+    summary = metrics(tmp_path / "out")[-1]
+    assert summary["prompts"] == len(asked[-1]) and summary["reward_before_se"] > 0 and summary["held_out_kl_se"] > 0
+
+
+def test_ppo_on_a_single_prompt(world, tmp_path, monkeypatch):
+    """What a nat costs in units of the reward's spread: with one prompt, the spread of its completions' rewards, as with sixty.
+    Rejected: the spread of a single completion's reward, that is none."""
+    costs = {}
+    monkeypatch.setattr(dpo, "train_ppo", lambda *arguments, **options: costs.setdefault(len(arguments[3]), arguments[5].beta))
+    for n in (1, 60):
+        path = write_jsonl(tmp_path / f"{n}.jsonl", [{"prompt": f"the plot {i}"} for i in range(n)])
+        (tmp_path / f"out {n}").mkdir()
+        assert run("ppo", "--data", path, "--init", world / "sft", "--reward", world / "rm", "--beta", 1, "--all",
+                   "--out", tmp_path / f"out {n}") == 0
+
+    def check(cost):
+        assert 1 / 3 < cost / costs[60] < 3
+    check(costs[1])
+    rejects(check, 1 / 1e-6)
+
+
+def test_rows_are_counted_on_their_side(world, tmp_path, capsys):
+    """A file whose every text would be held out is trained on, and no row is reported as held out."""
+    text = next(text for i in range(999) if dpo.is_held_out(text := f"the plot was {i}."))
+    path = write_jsonl(tmp_path / "one.jsonl", [{"text": text}])
+    assert run("sft", "--data", path, "--out", tmp_path / "out", "--steps", 1, *TINY_GPT) == 0
+    assert "1 rows\n" in capsys.readouterr().out
+
+
+def test_rows_count_from_the_end_as_lists_do():
+    rows = dpo.Rows(300)
+    for ids in ([1, 2], [3], [4, 299]):
+        rows.append(ids)
+    assert [row.tolist() for row in rows] == [[1, 2], [3], [4, 299]] and rows[-1].tolist() == [4, 299]
+    for outside in (3, -4):
+        with pytest.raises(IndexError):
+            rows[outside]
 
 
 def test_no_piece_of_a_long_text_loses_its_end(world, tmp_path, monkeypatch):
@@ -3202,6 +3267,9 @@ def test_family_by_keyword_and_without_typos():
             loss(**logps, beta=0.5, label_smooting=0.1, **lengths)
     with pytest.raises(ValueError, match="chosen_lengths"):
         dpo.LOSSES["simpo"](**logps, beta=2.0)
+    pairs, model = tiny_pairs(), tiny_gpt(300)
+    with pytest.raises(TypeError, match="label_smoothing"):                      # without a loss, it would be plain DPO
+        dpo.train_preferences(model, model, pairs, dpo.Training(1, 1e-3, 2), 0.1, hyper={"label_smoothing": 0.1})
 
 
 def test_too_long_for_the_block_is_said():
