@@ -3,7 +3,7 @@
 A language model is too large to know its best policy; a gridworld is not. Here the optimum of
     max_pi  E[R] - beta KL(pi || pi_ref)                                                       (DPO paper, Eq 3)
 is computed exactly, and DPO and its relatives are measured against it. A start cell plays the prompt, an action a token,
-an episode a completion, and reaching the goal the reward. Nothing is estimated that can be enumerated.
+an episode a completion, and reaching the goal the reward. Every policy is scored exactly, those that learnt from samples too.
 
     python gridworld.py                              the table of methods and the figures in out/, half a minute on one core
     python gridworld.py --slip 0.2                   the same on slippery ice, where DPO misses the optimum
@@ -263,22 +263,24 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
 # The infinite-data loss is the expectation over pairs and labels; on deterministic ice its minimum is exact, on any map:
 #
 # A loss that is convex in the log-ratios d falls when d is replaced by its mean over the trajectories of equal return (Jensen).
-# The total mass stays <= 1, and what is missing can go to all alike, which no loss here minds. So the best law is
-# pi_ref(tau) exp(u(R)): one number for failure, one for success. (EXO and chi-squared PO are not convex, but under such a law
-# every pair is at its own minimum.) sum_tau pi = 1 fixes one of the two, and bisection finds the other to the last digit. That
-# law is a policy: `tilt` computes it backwards.
+# By Jensen again E exp(d) >= exp(E d), so the total mass stays <= 1; what is missing goes to all alike, a constant added to every d,
+# which leaves every h as it is (and raises pi(y_w), which RPO, SFT and MinorDPO reward). So the best law is pi_ref(tau) exp(u(R)):
+# one number for failure, one for success. (EXO and chi-squared PO are not convex, but under such a law every pair is at its own
+# minimum.) sum_tau pi = 1 fixes one of the two, and bisection finds the other to the last digit. That law is a policy, for the
+# weight that is still to come depends on cell and step alone: `tilt` computes it backwards.
 #                                                            [test_gridworld_return_law_is_the_minimiser_over_policies]
 
 RETURNS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 WINS = torch.sigmoid(RETURNS[:, None] - RETURNS)                             # P(winner's return, over the loser's)  (2,2)
-SMOOTH = ("dpo", "cdpo", "robust", "ipo")                                    # solved exactly on slippery ice too: section 7
+SMOOTH = ("dpo", "cdpo", "robust", "ipo")                                    # on infinite data on slippery ice too: section 7
 
 
 def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
-    """The exact minimiser (H,S,A) of the infinite-data loss of dpo.LOSSES[loss]; cells the reference never reaches keep it.
+    """The minimiser (H,S,A) of the infinite-data loss of dpo.LOSSES[loss]; cells the reference never reaches keep it.
 
-    Not for orpo and simpo; on slippery ice dpo, cdpo, robust, ipo and sft only, and the loss is not convex in the policy: this is
-    the minimum that descent from the reference reaches.          [test_gridworld_slippery_objective_has_other_minima]
+    On deterministic ice it is exact, for all but orpo and simpo. On slippery ice, where it is for dpo, cdpo, robust, ipo and sft
+    only, the loss is not convex in the policy: this is the minimum that descent from the reference reaches, and others may lie
+    lower.                                                        [test_gridworld_slippery_objective_has_other_minima]
     flip: the chance that a label is turned round. ValueError for bad arguments and, on deterministic ice, where there is no
     minimiser; OverflowError on slippery ice where beta times the log-ratios is too wide for the series of `pair_expectation`.
     """
@@ -299,7 +301,7 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
 
 
 def tilt(lake, base, log_weights):
-    """The policy that is likeliest on trajectories of the law base(tau) exp(log_weights[R])/Z  (H,S,A).
+    """The policy (H,S,A) of least cross-entropy to the law base(tau) exp(log_weights[R])/Z of trajectories.
 
     m_t(s) = sum_a base_t(a|s) E m_{t+1}(s') is the weight still to come; pi_t(a|s) = base_t(a|s) E m_{t+1}(s') / m_t(s), in
     logarithms, for exp(1/beta) overflows. On deterministic ice the policy's law *is* the tilted law. `base` may be unnormalised.
@@ -394,11 +396,19 @@ def minimise(objective, x, steps=300, tolerance=1e-9):
 
 def best_policy(lake, reference, objective, steps=300):
     """The policy (H,S,A) of least objective(log_policy), from the reference on. The logits have units of 1/sqrt(visits): rare
-    cells learn as fast as common ones, and cells that the reference never reaches keep it."""
+    cells learn as fast as common ones, and cells that the reference never reaches keep it.
+
+    Where the ice has put the goal out of reach, the slope of the slippery loss is zero at the reference, though with small beta its
+    curvature is negative: a nudge of 1/1000 tells such a saddle from a minimum."""
     log_reference, share = torch.tensor(reference).log(), torch.tensor(visits(lake, reference)[:, :, None] * reference)
     scale = torch.where(share > 0, share.rsqrt(), 0.0)
     log_policy = lambda x: torch.log_softmax(log_reference + scale * x, -1)
-    return log_policy(minimise(lambda x: objective(log_policy(x)), torch.zeros_like(share), steps)).exp().numpy()
+    loss = lambda x: objective(log_policy(x))
+    found = minimise(loss, torch.zeros_like(share), steps)
+    if not lake.deterministic:
+        nudged = minimise(loss, found + 1e-3 * torch.tensor(np.random.default_rng(0).normal(size=share.shape)), steps)
+        found = nudged if loss(nudged) < loss(found) - 1e-9 else found
+    return log_policy(found).exp().numpy()
 
 
 def bradley_terry(trajectories):
@@ -441,7 +451,8 @@ def convergence(sizes=(1000, 3162, 10_000, 31_623, 100_000), seeds=8, beta=0.5, 
 # To show this exactly we need E f(d_1 - d_2) over all pairs. Enumerating them is hopeless (4x4, 6 steps: 900,000 trajectories),
 # but with a cosine series of f, which is even,
 #     f(h) = sum_k c_k cos(w_k h),     E f(d_1 - d_2) = Re sum_k c_k E exp(i w_k d_1) E exp(-i w_k d_2) = sum_k c_k |phi(w_k)|^2,
-# and phi(w) = E exp(i w d), the characteristic function of a sum over steps, is one backward sweep.
+# for d_1 and d_2 are independent and have one law; phi(w) = E exp(i w d), the characteristic function of a sum over steps, is one
+# backward sweep.
 #                                                                              [test_gridworld_pair_expectation_is_exact]
 
 def pair_expectation(lake, reference, steps, f, reward=None):
@@ -490,7 +501,9 @@ def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, an
 
     h = d_1 - d_2 for a pair as it was drawn, p the chance that the first wins: E[p f(h) + (1-p) f(-h)] is E even(h) +
     E[(2p-1) odd(h)] with f = even + odd part.
-    The losses in SMOOTH have a linear odd part, -k h, so all that the labels contribute is a count of steps.
+    The losses in SMOOTH have a linear odd part, -k h, so all that the labels contribute is a count of steps. DPO, for one:
+    -log s(beta h) = log(2 cosh(beta h / 2)) - beta h / 2. What is minimised, and printed nowhere, is the loss less its value at the
+    reference, over beta^2.
     """
     if loss not in SMOOTH:
         raise ValueError(f"{loss}: no exact minimiser on slippery ice (only {', '.join(SMOOTH)} and sft)")
@@ -594,7 +607,7 @@ def preferred_ft(lake, reference, beta, rng):
 
 
 def best_of_n(N, n=50_000):
-    """Imitation of the best of N draws. Its law: the mass q of failure becomes q^N, success takes the rest."""
+    """Imitation of the best of N draws (2401.01879), n times. Its law: the mass q of failure becomes q^N, success takes the rest."""
     def method(lake, reference, beta, rng):
         q = return_masses(lake, reference)[0]
         own = tilt(lake, reference, np.log([max(q ** (N - 1), 1e-300), sum(q**k for k in range(N))]))        # (1 - q^N)/(1 - q)
@@ -815,7 +828,7 @@ def ift(lake, reference, beta, rng):
 
 # --- The table --------------------------------------------------------------------------------------------------------
 # The numbers are the strengths of the optima: beta times the margin h at which p times the slope of the loss for "success
-# won" balances 1-p times its slope for "failure won". MinorDPO: its kink at d = 0 holds it at the reference, for with ties
+# won" balances 1-p times its slope for "failure won"; for DPO p s(-beta h) = (1-p) s(beta h), so beta h = logit p = 1. MinorDPO: its kink at d = 0 holds it at the reference, for with ties
 # among the pairs leaving pays only if 2(1-p) < (2p-1) P(failure), and never at p = .73.
 
 METHODS = {
@@ -1022,10 +1035,11 @@ def plot_maps(lake, policies, path):
     """{title: policy} as maps: colour is the expected number of visits, arrows the actions taken there, averaged over steps."""
     rows, (high, wide) = math.ceil(len(policies) / 3), lake.shape
     y, x = np.divmod(np.arange(len(lake.P)), wide)
+    most = max(2, *(visits(lake, policy).sum(0)[~lake.terminal].max() for policy in policies.values()))
     with panels(path, 3, 11.9, 3.9 * rows * min(max(high / wide, 0.4), 3), rows) as axes:         # a corridor has room for its title
         for ax, (title, policy) in zip(axes, policies.items()):
             heat, taken = visits(lake, policy).sum(0), (visits(lake, policy)[:, :, None] * policy).sum(0)
-            image = ax.imshow(np.where(lake.terminal, np.nan, heat).reshape(lake.shape), cmap="Blues", vmin=0, vmax=2)
+            image = ax.imshow(np.where(lake.terminal, np.nan, heat).reshape(lake.shape), cmap="Blues", vmin=0, vmax=most)
             for s, letter in enumerate("".join(lake.rows)):
                 if letter in "HG":
                     ax.fill_between([x[s] - 0.5, x[s] + 0.5], y[s] - 0.5, y[s] + 0.5, lw=0,
@@ -1045,13 +1059,13 @@ def plot_convergence(distances, worths, levels, pairs, path):
     """What `convergence_curves` and `convergence` return; levels: {name: E[R] - beta KL} to draw as lines."""
     with panels(path, 3, 15, 4.2) as (left, middle, right):
         for colour, (name, curve) in zip((BLUE, ORANGE), distances.items()):
-            left.semilogy(range(1, len(curve) + 1), curve, color=colour, label=name)
+            left.semilogy(range(1, len(curve) + 1), np.maximum(curve, 1e-17), color=colour, label=name)
         left.set(xlabel="evaluations of the population loss", ylabel="max TV to $\\pi^*$ (best so far)",
                  title="DPO on infinite data")
         for colour, (name, runs) in zip((PURPLE, GREEN), worths.items()):
             mean, error = mean_and_error(runs)
-            middle.plot(mean, color=colour, label=name)
-            middle.fill_between(range(len(mean)), mean - error, mean + error, color=colour, alpha=0.3)
+            middle.plot(range(1, len(mean) + 1), mean, color=colour, label=name)
+            middle.fill_between(range(1, len(mean) + 1), mean - error, mean + error, color=colour, alpha=0.3)
         for (name, level), colour, style in zip(levels.items(), ("black", BLUE), ("--", ":")):
             middle.axhline(level, color=colour, ls=style, label=name)
         middle.set(xlabel="iterations of 1024 episodes", ylabel="E[R] - $\\beta$ KL (reward)", title="policy gradients, 4 seeds")
@@ -1076,7 +1090,7 @@ def plot_slip(curve, path):
                 ax.plot(curve["slip"], curve[name, column], style, color=colour, label=legend)
             ax.set(xlabel="slip", ylabel=label)
             ax.legend(fontsize=10)
-        axes[0].set(title="DPO misses the optimum", ylim=(-0.02, 0.5))
+        axes[0].set(title="DPO misses the optimum", ylim=(-0.02, max(0.5, 1.05 * max(curve["DPO", "tv"].max(), curve["luck"].max()))))
 
 
 # === 12. The command line =============================================================================================
@@ -1091,7 +1105,8 @@ def print_table(lake, best, rows):
     print("own TV: max TV to the optimum a method is known to have (-: none known). cells: those that 1 episode in 100 enters.")
     if not lake.deterministic:
         print("On slippery ice SLiC, RSO, EXO, chi-squared PO, RPO, MinorDPO and Plackett-Luce have no exact minimiser here:\n"
-              f"like ORPO, SimPO, KTO and MPO-style they are trained on {PAIRS} sampled pairs, and over-fit them.")
+              f"like ORPO, SimPO, KTO and MPO-style they are trained on {PAIRS} sampled pairs, and over-fit them.\n"
+              "RSO with a small beta accepts hardly a failure, so its pairs are ties, labelled by coin.")
 
 
 def print_ift(result):
