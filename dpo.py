@@ -1900,9 +1900,9 @@ class Scale:
     sft_steps: int = 1200               # of 64 reviews
     prompts: int = 8192
     per_prompt: int = 8                 # completions of each, so 28 pairs: 229,376 pairs
-    prompts_a_step: int = 16            # with all their pairs, of DPO and the baselines; the reward model takes 8
+    prompts_a_step: int = 16            # with all their pairs
     dpo_steps: int = 768                # one and a half passes
-    reward_model_steps: int = 1536
+    reward_model_steps: int = 768
     baseline_steps: int = 128           # Preferred-FT, Unlikelihood
     ppo_rollouts: int = 80              # of 256 completions
     held_out: int = 96                  # prompts of the evaluation
@@ -1910,7 +1910,7 @@ class Scale:
     limit_samples: int = 1024           # K: reference completions of each, for the analytic limit
 
 
-FAST = Scale(sft_steps=600, prompts=1024, dpo_steps=96, reward_model_steps=192, baseline_steps=32, ppo_rollouts=8,
+FAST = Scale(sft_steps=600, prompts=1024, dpo_steps=96, reward_model_steps=96, baseline_steps=32, ppo_rollouts=8,
              held_out=48, samples=16, limit_samples=256)
 
 
@@ -1945,7 +1945,8 @@ def make_world(scale: Scale, seed: int, pool=None) -> World:
     texts = [encode(tokenizer, text) + [tokenizer.eot_token] for text in corpus]
     lap("corpus and tokenizer")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    reference = GPT(GPTConfig(tokenizer.n_vocab, BLOCK_SIZE, n_layer=2, n_head=2, n_embd=64)).to(device)
+    # one layer is enough for this language: with two of two heads the loss is the same, 1.559, and everything takes 1.4 times as long
+    reference = GPT(GPTConfig(tokenizer.n_vocab, BLOCK_SIZE, n_layer=1, n_head=4, n_embd=64)).to(device)
     history = train_sft(reference, texts, Training(scale.sft_steps, 1e-2, batch_size=64, seed=seed))
     lap("SFT")
     prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
@@ -1971,17 +1972,18 @@ def sample_limit(reference, tokenizer, held_out: list, samples: int, seed: int) 
     return judge(tokenizer, held_out, generate(reference, ids, MAX_NEW_TOKENS, progress="analytic limit"))
 
 
-def with_scalar_head(model: GPT) -> GPT:
-    """A copy with one output, 0 at first, in place of the language-model head: a reward model or a critic to be."""
-    copied = GPT(model.config, n_outputs=1).to(next(model.parameters()).device)
-    copied.load_state_dict(model.state_dict(), strict=False)                     # strict: the new head has no weights to load
+def with_scalar_head(model: GPT, further_layers: int = 0) -> GPT:
+    """A copy with one output, 0 at first, in place of the language-model head: a reward model or a critic to be.
+    further_layers: so many new ones stand between the copied layers and the head."""
+    config = replace(model.config, n_layer=model.config.n_layer + further_layers)
+    copied = GPT(config, n_outputs=1).to(next(model.parameters()).device)
+    copied.load_state_dict(model.state_dict(), strict=False)                     # strict: what is new has no weights to load
     return copied
 
 
-def preference_training(world: World, steps: int, learning_rate=1.4e-3, prompts=None) -> Training:
+def preference_training(world: World, steps: int, learning_rate=1.4e-3) -> Training:
     """Whole prompts a step, with all their pairs, so that each completion passes the model once."""
-    pairs = (prompts or world.scale.prompts_a_step) * math.comb(world.scale.per_prompt, 2)
-    return Training(steps, learning_rate, batch_size=pairs, seed=world.seed)
+    return Training(steps, learning_rate, batch_size=world.scale.prompts_a_step * math.comb(world.scale.per_prompt, 2), seed=world.seed)
 
 
 def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None, n_pairs=None, **hyper) -> GPT:
@@ -2001,9 +2003,10 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
 
 
 def run_reward_model(world: World) -> GPT:
-    """A reward model fitted to the world's preferences, from the SFT policy's body. Its accuracy goes to world.checks."""
-    reward_model = with_scalar_head(world.reference)
-    training = preference_training(world, world.scale.reward_model_steps, 2e-3, prompts=8)
+    """A reward model fitted to the world's preferences, from the SFT policy's body and one layer more: it has to apply "not" to "good"
+    before it adds up, and with one layer gets 95% of the Bayes-optimal accuracy instead of 98%. Its own goes to world.checks."""
+    reward_model = with_scalar_head(world.reference, further_layers=1)
+    training = preference_training(world, world.scale.reward_model_steps, 3e-3)
     world.histories["reward model"] = train_reward_model(reward_model, world.pairs, training)
     world.checks["reward_model_accuracy"], world.checks["bayes_accuracy"] = reward_model_accuracy(reward_model, world)
     return reward_model
