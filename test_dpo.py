@@ -507,6 +507,19 @@ def test_each_loss_survives_extreme_margins(name):
     rejects(check, lambda pc, pr, rc, rr, **_: planted("log of sigmoid")(pc, pr, rc, rr, 1.0)[0])
 
 
+def test_chipo_clips_its_margin():
+    """The pair of `test_each_loss_by_hand` has z = 2.22. Clipped at 2 R it is 2 with R = 1 and 1.5 with R = .75; without gradient.
+    Rejected: no clip, and a clip at R."""
+    def check(case):
+        wide, r_max = case
+        chosen = float64(-4).requires_grad_()
+        loss = dpo.LOSSES["chipo"](chosen, *float64(-6, -6, -5.5)[:, None], beta=0.25, r_max=wide * r_max)
+        close(loss, float64(-LOG_S(2 * r_max)))
+        assert not torch.autograd.grad(loss.sum(), chosen)[0].any()
+    check((1, 1.0)), check((1, 0.75))
+    rejects(check, (100, 1.0), (0.5, 1.0))
+
+
 def bandit_loss(loss, win_rates, log_ref, beta, **hyper):
     """The population loss of a bandit: win_rates (K,K), [i,j] = P(i beats j); every ordered pair with its probability."""
     w, l = map(list, zip(*itertools.permutations(range(len(log_ref)), 2)))
@@ -1234,6 +1247,56 @@ def test_same_seed_same_numbers():
     rejects(check, 1)
 
 
+def test_dropout_acts_where_it_should(monkeypatch):
+    """In training it falls on attention weights, scaled so that the mean stays, on embeddings and on both branches of a layer; in `eval`
+    on none; and SFT trains with it. Rejected: each of these places without."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4, 3, 5, 8, generator=generator) for _ in range(3))
+    torch.manual_seed(0)
+
+    def check_attention(dropout):
+        draws = torch.stack([dpo.attention(q, k, v, dropout) for _ in range(400)])
+        assert draws.std(0)[:, :, 1:].min() > 0.01
+        assert ((draws.mean(0) - dpo.attention(q, k, v)) / (draws.std(0) / 20 + 1e-6)).abs().max() < 5       # standard errors of 480
+    check_attention(0.5)
+    rejects(check_attention, 0.0)
+    tokens, attention = torch.arange(8)[None], dpo.attention
+
+    def check(places):
+        model = tiny_gpt(dropout=0.5).train("off" not in places)
+        model.config.dropout = 0.5 * ("embeddings" in places)
+        for block in model.h:
+            block.dropout = 0.5 * ("branches" in places)
+        assert not torch.equal(model(tokens), model(tokens))
+    monkeypatch.setattr(dpo, "attention", lambda q, k, v, dropout=0.0: attention(q, k, v))
+    check("embeddings"), check("branches")
+    rejects(check, "", "embeddings, branches, off")
+
+    def check_sft(dropout):
+        texts = [[1, 2, 3, 10], [4, 5, 10]]
+        first = dpo.train_sft(tiny_gpt(dropout=dropout), texts, Training(1, 1e-3, 2), quiet=True)[0]["loss"]
+        calm = -dpo.completion_logps(tiny_gpt(), [[]] * 2, texts).sum().item() / 5
+        assert abs(first - calm) > 1e-3
+    check_sft(0.5)
+    rejects(check_sft, 0.0)
+
+
+def test_first_weights_are_gpt2s():
+    """Standard deviation .02, but .02 / sqrt(2 layers) where a layer writes to the residual stream; biases 0, norms 1. Rejected: .02 for all."""
+    torch.manual_seed(0)
+    weights = GPT(GPTConfig(300, 64, 8, 2, 64)).state_dict()
+
+    def check(scale):
+        for name, weight in weights.items():
+            if weight.dim() == 2:
+                expected = scale if "c_proj" in name else 0.02
+                assert abs(weight.std().item() / expected - 1) < 5 / math.sqrt(2 * weight.numel()), name
+            else:
+                assert torch.equal(weight, torch.ones_like(weight) * (".ln_" in f".{name}" and name.endswith("weight"))), name
+    check(0.02 / 4)
+    rejects(check, 0.02)
+
+
 def test_dropout_is_off_in_dpo():
     """Even at config.dropout = 1/2 the first loss is ln 2 and its rewards are 0. Rejected: dropout left on."""
     def check(dropout):
@@ -1466,7 +1529,7 @@ def test_clipped_tokens_have_zero_gradient():
         A       1    -1      1    -1    1     -1
         grad    0    1.3   -.7     0   -1      0
 
-    Rejected: clipping without the minimum, which is also silent where the step should be undone (columns 2 and 3).
+    Rejected: clipping without the minimum, which is also silent where the step should be undone (columns 2 and 3); a clip of .4.
     """
     ratio, advantages = float64(1.3, 1.3, 0.7, 0.7, 1, 1.3)[None], float64(1, -1, 1, -1, 1, -1)[None]
     mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
@@ -1477,21 +1540,49 @@ def test_clipped_tokens_have_zero_gradient():
         close(gradient, float64(0, 1.3, -0.7, 0, -1, 0)[None], "PPO's gradient per token")
         assert (gradient[0, [0, 3, 5]] == 0).all()
     zeros = torch.zeros_like(ratio)
-    check(lambda logps: dpo.ppo_losses(logps, zeros, advantages, zeros, zeros, zeros, mask)[0])
-    rejects(check, lambda logps: -logps.exp().clamp(0.8, 1.2) * advantages * mask, lambda logps: -logps.exp() * advantages * mask)
+    ours = lambda clip: lambda logps: dpo.ppo_losses(logps, zeros, advantages, zeros, zeros, zeros, mask, clip)[0]
+    check(ours(0.2))
+    rejects(check, lambda logps: -logps.exp().clamp(0.8, 1.2) * advantages * mask, lambda logps: -logps.exp() * advantages * mask, ours(0.4))
 
 
 def test_value_clipping_by_hand():
-    """V_old = 0, R = 1, clip .2. V = .1: 1/2 .9^2. V = .5: the clipped .2 is worse, 1/2 .8^2, and the gradient 0.
-    V = -.5: 1/2 1.5^2, gradient -1.5: a value that went the wrong way is pulled back. Rejected: no clip."""
-    def check(clip):
-        values = float64(0.1, 0.5, -0.5)[None].requires_grad_()
+    """V_old = 2, R = 3, clip .2. V = 2.1: 1/2 .9^2. V = 2.5: the clipped 2.2 is worse, 1/2 .8^2, and the gradient 0.
+    V = 1.5: 1/2 1.5^2, gradient -1.5: a value that went the wrong way is pulled back. Rejected: no clip, and one around 0."""
+    def check(case):
+        old, clip = case
+        values = float64(2.1, 2.5, 1.5)[None].requires_grad_()
         zeros, ones = torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
-        losses = dpo.ppo_losses(zeros, zeros, zeros, values, zeros, ones, ones, 0.2, clip)[1]
+        losses = dpo.ppo_losses(zeros, zeros, zeros, values, old * ones, 3 * ones, ones, 0.2, clip)[1]
         close(losses, float64(0.405, 0.32, 1.125)[None])
         close(torch.autograd.grad(losses.sum(), values)[0], float64(-0.9, 0, -1.5)[None])
-    check(0.2)
-    rejects(check, 1e9)
+    check((2.0, 0.2))
+    rejects(check, (2.0, 1e9), (0.0, 0.2))
+
+
+def test_train_ppo_follows_its_settings(monkeypatch):
+    """Both clips reach the losses, the value loss has its weight, minibatches are drawn anew in each pass, and with target_kl beta
+    moves from rollout to rollout. Rejected: the same with one of the settings left at its default."""
+    settings = dpo.PPO(beta=0.5, rollout=16, epochs=2, minibatch=8, max_new_tokens=4, clip=0.3, value_clip=0.1, value_weight=0.7,
+                       target_kl=0.01, kl_horizon=100)
+    losses, rollout, parts = dpo.ppo_losses, dpo.ppo_rollout, dpo.micro_batches_of
+
+    def check(followed):
+        clips, betas, orders = set(), [], []
+        monkeypatch.setattr(dpo, "ppo_losses", lambda *batch: clips.add(batch[7:]) or losses(*batch))
+        monkeypatch.setattr(dpo, "ppo_rollout", lambda *state: betas.append(state[-1]) or rollout(*state))
+        monkeypatch.setattr(dpo, "micro_batches_of", lambda rows, training: orders.append(list(rows)) or parts(rows, training))
+        torch.manual_seed(0)
+        history = dpo.train_ppo(tiny_gpt(), tiny_gpt(n_outputs=1), tiny_gpt(seed=1), ragged(16)[0], lambda p, c: torch.ones(len(c)),
+                                followed, Training(8, 1e-2), quiet=True)
+        assert clips == {(settings.clip, settings.value_clip)}
+        for row in history:
+            close(row["loss"], row["policy_loss"] + settings.value_weight * row["value_loss"], tolerance=1e-5)
+        close(betas, [0.5, dpo.adapt_beta(0.5, history[0]["kl"], settings.target_kl, 16, settings.kl_horizon)])
+        passes = [sum(orders[i:i + 2], []) for i in range(0, 8, 2)]
+        assert all(sorted(rows) == list(range(16)) for rows in passes) and len({*map(tuple, passes)}) == 4
+    check(settings)
+    rejects(check, *(dpo.replace(settings, **{name: value}) for name, value in dict(clip=0.2, value_clip=0.2, value_weight=0.1,
+                                                                                     target_kl=None, minibatch=16).items()))
 
 
 @pytest.mark.parametrize("kl, expected", [(9, 0.1 * 1.0128), (0, 0.1 * 0.9872), (6.6, 0.1 * 1.0064), (6, 0.1)])
@@ -1687,6 +1778,47 @@ def test_efficiency():
         close(frontier.efficiency(np.full(4, kl), np.full(4, base + share * (reward - base))), share, tolerance=2e-3)
     assert abs(kl - 0.5 / 0.7 ** 2) < 0.1                                        # r normal: pi* is N(1/beta, 1), its KL 1/(2 beta^2)
     assert abs(reward - 1 / 0.7) < 0.1
+
+
+def test_errors_of_limit_and_efficiency():
+    """The limit's error is the distance to the mean of its halves' curves, by hand from `analytic_limit`. Where all prompts have the same
+    limit, an efficiency's bootstrap error is the reward's standard error over the limit's gain, to the 10% that 200 draws leave open
+    (two of their s.e.). Rejected: one half counted twice; half of the error."""
+    rewards = np.random.default_rng(0).normal(size=(4, 60)) * np.linspace(0.5, 2, 60)
+
+    def check_limit(halves):
+        base, kl = rewards.mean(), 0.5
+        curve = lambda part: (lambda betas: [side.mean(0) for side in dpo.analytic_limit(part, betas)])(part.std() * np.geomspace(30, 0.03, 120))
+        at = lambda part: np.interp(kl, *curve(part))
+        expected = abs(at(rewards) - np.mean([at(half) for half in halves])) / (at(rewards) - base)
+        close(dpo.frontier_error(dpo.build_frontier(rewards), kl), expected)
+    check_limit((rewards[:, :30], rewards[:, 30:]))
+    rejects(check_limit, (rewards[:, :30], rewards[:, :30]))
+    rng = np.random.default_rng(1)
+    frontier = dpo.build_frontier(np.tile(rng.normal(size=(1, 500)), (300, 1)))
+    reward = rng.normal(0.7, 0.4, (300, 8))
+    row = dpo.summarise(frontier, np.full(300, 0.4), {"reward": reward, "win": reward, "grammatical": reward, "length": reward})
+
+    def check_efficiency(factor):
+        expected = dpo.standard_error(reward.mean(1)) / (frontier.at_kl(0.4) - frontier.rewards.mean())
+        close(factor * row["efficiency_se"], expected, tolerance=0.1 * expected)
+    check_efficiency(1.0)
+    rejects(check_efficiency, 0.5)
+
+
+def test_completions_are_judged_behind_their_prompt(tokenizer):
+    """Prompt "the plot was", reference completion " good.": the same completion is half a win, " very good." a whole one, " bad." none;
+    all three are grammatical behind the prompt, though none is alone, and " good good." is not; EOS counts as a token. Rejected: a
+    reference completion that is worse."""
+    texts = [" good.", " very good.", " bad.", " good good."]
+    ids = [[*dpo.encode(tokenizer, text), tokenizer.eot_token] for text in texts]
+
+    def check(reference):
+        judged = dpo.judge(tokenizer, [("the plot was", reference)], ids)
+        assert judged["win"].tolist() == [[0.5, 1, 0, 0]] and judged["reward"][0, :3].tolist() == [1, 1.5, -1]
+        assert judged["grammatical"].tolist() == [[True, True, True, False]] and judged["length"].tolist() == [[len(x) for x in ids]]
+    check(" good.")
+    rejects(check, " bad.")
 
 
 @pytest.mark.parametrize("row", [[0.0, 1.0, 2.0], [0.0, 1.0, 1.0, 3.0]], ids=["distinct", "tied"])
