@@ -507,6 +507,19 @@ def test_each_loss_survives_extreme_margins(name):
     rejects(check, lambda pc, pr, rc, rr, **_: planted("log of sigmoid")(pc, pr, rc, rr, 1.0)[0])
 
 
+def test_defaults_are_the_documented_ones():
+    """A loss without settings is that of these; `orpo`'s lam is then beta, and dpo_loss has beta .1. Rejected: other settings."""
+    defaults = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "exo": {"label_smoothing": 1e-3},
+                "chipo": {"r_max": 10.0}, "rpo": {"eta": 0.005}, "simpo": {"gamma": 0.5}, "orpo": {"lam": 0.25}, "unlikelihood": {"alpha": 0.1}}
+    pair = float64(-4, -60, -6, -5.5)[:, None]
+    for name, hyper in defaults.items():
+        def check(settings):
+            close(dpo.LOSSES[name](*pair, **ONE_PAIR), dpo.LOSSES[name](*pair, **ONE_PAIR, **settings), name)
+        check(hyper)
+        rejects(check, {key: 0.3 * value for key, value in hyper.items()})
+    assert torch.equal(dpo.dpo_loss(*pair)[0], dpo.dpo_loss(*pair, beta=0.1)[0]) and dpo.PPO() == dpo.PPO(beta=0.1, clip=0.2, lam=0.95)
+
+
 def test_chipo_clips_its_margin():
     """The pair of `test_each_loss_by_hand` has z = 2.22. Clipped at 2 R it is 2 with R = 1 and 1.5 with R = .75; without gradient.
     Rejected: no clip, and a clip at R."""
@@ -1247,6 +1260,25 @@ def test_same_seed_same_numbers():
     rejects(check, 1)
 
 
+def test_a_loss_gets_what_it_needs():
+    """`train_preferences` hands a loss beta, its own settings and the numbers of tokens, EOS included, of each pair's chosen and rejected
+    completion. Rejected: each of them wrong."""
+    pairs, seen = tiny_pairs(), []
+
+    def loss(pc, pr, rc, rr, *, beta, chosen_lengths, rejected_lengths, tilt=0.0):
+        seen.append({"beta": beta, "tilt": tilt, "lengths": {*zip(chosen_lengths.tolist(), rejected_lengths.tolist())}})
+        return dpo.dpo_loss(pc, pr, rc, rr, beta)[0]
+    dpo.train_preferences(tiny_gpt(), tiny_gpt(), pairs, Training(1, 1e-3, 24), 0.3, loss, {"tilt": 0.7}, quiet=True)
+    lengths = {(len(pairs.completions[w]), len(pairs.completions[l])) for w, l in zip(pairs.chosen, pairs.rejected)}
+    assert len(lengths) > 5
+
+    def check(expected):
+        assert seen == [expected]
+    right = {"beta": 0.3, "tilt": 0.7, "lengths": lengths}
+    check(right)
+    rejects(check, right | {"beta": 0.1}, right | {"tilt": 0.0}, right | {"lengths": {(l, w) for w, l in lengths}})
+
+
 def test_dropout_acts_where_it_should(monkeypatch):
     """In training it falls on attention weights, scaled so that the mean stays, on embeddings and on both branches of a layer; in `eval`
     on none; and SFT trains with it. Rejected: each of these places without."""
@@ -1557,6 +1589,21 @@ def test_value_clipping_by_hand():
         close(torch.autograd.grad(losses.sum(), values)[0], float64(-0.9, 0, -1.5)[None])
     check((2.0, 0.2))
     rejects(check, (2.0, 1e9), (0.0, 0.2))
+
+
+def test_reward_model_loss_is_the_labels_likelihood():
+    """The first logged loss is the mean of -log s(score_w - score_l) under the first weights. Rejected: the labels turned round, scores
+    twice as large."""
+    pairs, model = tiny_pairs(), tiny_gpt(n_outputs=1)
+    torch.nn.init.normal_(model.score.weight)
+    scores = dpo.score_completions(model, pairs.prompts, pairs.completions)
+    margins = scores[pairs.chosen] - scores[pairs.rejected]
+    first = dpo.train_reward_model(model, pairs, Training(1, 1e-3, len(pairs)), quiet=True)[0]["loss"]
+
+    def check(factor):
+        close(first, -F.logsigmoid(factor * margins).mean(), tolerance=1e-5)
+    check(1)
+    rejects(check, -1, 2)
 
 
 def test_train_ppo_follows_its_settings(monkeypatch):
