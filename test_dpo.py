@@ -510,7 +510,8 @@ def test_each_loss_survives_extreme_margins(name):
 def test_defaults_are_the_documented_ones():
     """A loss without settings is that of these; `orpo`'s lam is then beta, and dpo_loss has beta .1. Rejected: other settings."""
     defaults = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "exo": {"label_smoothing": 1e-3},
-                "chipo": {"r_max": 10.0}, "rpo": {"eta": 0.005}, "simpo": {"gamma": 0.5}, "orpo": {"lam": 0.25}, "unlikelihood": {"alpha": 0.1}}
+                "chipo": {"r_max": 10.0}, "rpo": {"eta": 0.005}, "simpo": {"gamma": 0.5}, "orpo": {"lam": 0.25},
+                "unlikelihood": {"alpha": 0.1}}
     pair = float64(-4, -60, -6, -5.5)[:, None]
     for name, hyper in defaults.items():
         def check(settings):
@@ -1314,7 +1315,8 @@ def test_dropout_acts_where_it_should(monkeypatch):
 
 
 def test_first_weights_are_gpt2s():
-    """Standard deviation .02, but .02 / sqrt(2 layers) where a layer writes to the residual stream; biases 0, norms 1. Rejected: .02 for all."""
+    """Standard deviation .02, but .02 / sqrt(2 layers) where a layer writes to the residual stream; biases 0, norms 1. Rejected: .02
+    for all."""
     torch.manual_seed(0)
     weights = GPT(GPTConfig(300, 64, 8, 2, 64)).state_dict()
 
@@ -1574,7 +1576,8 @@ def test_clipped_tokens_have_zero_gradient():
     zeros = torch.zeros_like(ratio)
     ours = lambda clip: lambda logps: dpo.ppo_losses(logps, zeros, advantages, zeros, zeros, zeros, mask, clip)[0]
     check(ours(0.2))
-    rejects(check, lambda logps: -logps.exp().clamp(0.8, 1.2) * advantages * mask, lambda logps: -logps.exp() * advantages * mask, ours(0.4))
+    rejects(check, ours(0.4), lambda logps: -logps.exp().clamp(0.8, 1.2) * advantages * mask,
+            lambda logps: -logps.exp() * advantages * mask)
 
 
 def test_value_clipping_by_hand():
@@ -1835,8 +1838,7 @@ def test_errors_of_limit_and_efficiency():
 
     def check_limit(halves):
         base, kl = rewards.mean(), 0.5
-        curve = lambda part: (lambda betas: [side.mean(0) for side in dpo.analytic_limit(part, betas)])(part.std() * np.geomspace(30, 0.03, 120))
-        at = lambda part: np.interp(kl, *curve(part))
+        at = lambda part: np.interp(kl, *(side.mean(0) for side in dpo.analytic_limit(part, part.std() * np.geomspace(30, 0.03, 120))))
         expected = abs(at(rewards) - np.mean([at(half) for half in halves])) / (at(rewards) - base)
         close(dpo.frontier_error(dpo.build_frontier(rewards), kl), expected)
     check_limit((rewards[:, :30], rewards[:, 30:]))
@@ -1851,6 +1853,23 @@ def test_errors_of_limit_and_efficiency():
         close(factor * row["efficiency_se"], expected, tolerance=0.1 * expected)
     check_efficiency(1.0)
     rejects(check_efficiency, 0.5)
+
+
+def test_evaluation_measures_kl_on_the_policys_samples(tokenizer):
+    """The row's KL is the mean of log pi - log pi_ref over the completions that the policy samples. Rejected: k3, the sign turned round."""
+    policy, reference = (tiny_gpt(tokenizer.n_vocab, seed=seed) for seed in (1, 2))
+    prompts = [("the plot was", " good."), ("the cast", " was bad.")]
+    ids = [dpo.encode(tokenizer, prompt) for prompt, _ in prompts for _ in range(8)]
+    frontier = dpo.build_frontier(np.random.default_rng(0).normal(size=(2, 50)))
+    torch.manual_seed(0)
+    found = dpo.evaluate(policy, reference, frontier, prompts, tokenizer, 8, 6)["kl"]
+    torch.manual_seed(0)
+    log_ratios = dpo.completion_logratios(policy, reference, ids, dpo.generate(policy, ids, 6))
+
+    def check(kl):
+        close(found, kl.mean(), tolerance=1e-4)
+    check(log_ratios)
+    rejects(check, (-log_ratios).expm1() + log_ratios, -log_ratios)
 
 
 def test_completions_are_judged_behind_their_prompt(tokenizer):
@@ -3274,6 +3293,19 @@ def test_eval_of_the_reference_and_of_a_reward_model(world, capsys):
     assert "margin 0  " in said and "loss 0.6931" in said
     assert run("eval", "--data", world / "pairs.jsonl", "--init", world / "rm") == 0 and "accuracy" in capsys.readouterr().out
     assert run("eval", "--data", world / "pairs.jsonl", "--init", world / "sft") == 2
+
+
+def test_half_precision_ends_at_the_logits():
+    """Log-probs of float16 logits are computed in float32: those of the same numbers, to 1e-6. Rejected: a log-softmax in float16."""
+    tokens, mask = pad(*ragged())
+    logits = 3 * torch.randn(*tokens.shape, 11, generator=torch.Generator().manual_seed(0)).half()
+
+    def check(logps):
+        close(logps, dpo.token_logps(lambda tokens: logits.float(), tokens, mask), tolerance=1e-6)
+    found = dpo.token_logps(lambda tokens: logits, tokens, mask)
+    assert found.dtype == torch.float32
+    check(found)
+    rejects(check, found.half().float())
 
 
 def test_lean_logps_equal_plain_ones(monkeypatch):
