@@ -67,7 +67,9 @@ def close(found, expected, hint="", tolerance=1e-12):
     if found.shape != expected.shape:
         raise AssertionError(f"{hint}\n  found shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
     if not ((found - expected).abs() <= tolerance).all():
-        raise AssertionError(f"{hint}\n  found    {found}\n  expected {expected}")
+        largest = (found - expected).abs().max().item()
+        raise AssertionError(f"{hint}\n  found    {found}\n  expected {expected}\n  the largest difference is {largest:.1e}" + (
+            "; the arguments are float64: does something on the way make float32 of them?" if tolerance < largest < 1e-5 else ""))
 
 
 def rejects(check, *wrongs):
@@ -171,10 +173,20 @@ def judge_loss(check, *mistakes):
     """The module's dpo_loss passes the check, and so does the gallery's right one; the named mistakes do not."""
     __tracebackhide__ = True
     loss = under_test("dpo_loss")
+
+    def returned(*arguments, **options):
+        result = loss(*arguments, **options)
+        if not isinstance(result, (tuple, list)) or len(result) != 3 or not all(isinstance(x, torch.Tensor) for x in result):
+            pytest.fail("dpo_loss returns three tensors (B,): losses, chosen_rewards, rejected_rewards, one number a pair in each")
+        return result
     try:
-        check(loss)
+        check(returned)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{diagnose(loss)}") from None
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            pytest.fail("dpo_loss: the losses carry no gradient, training needs it: were they detached?")
+        raise
     check(planted())
     rejects(check, *(planted(mistake) for mistake in mistakes))
 
@@ -320,6 +332,8 @@ def test_loss_of_hand_worked_pairs():
     def check(loss):
         losses, chosen_rewards, rejected_rewards = loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, 0.5)
         close(losses, float64(math.log(4 / 3), math.log(4), LN2), "the losses of the three pairs in this test's docstring")
+        pairs = policy_chosen, policy_rejected, reference_chosen, reference_rejected
+        close(loss(*pairs)[0], loss(*pairs, 0.1)[0], "beta is 0.1 where none is given")
         close(chosen_rewards, float64(ln3, -ln3, -LN2) / 2, "chosen_rewards are beta (log pi - log pi_ref) of the chosen")
         close(rejected_rewards, float64(-ln3, ln3, -LN2) / 2, "rejected_rewards are beta (log pi - log pi_ref) of the rejected")
     judge_loss(check, "sign", "no reference", "no beta", "beta twice", "upside down", "two sigmoids", "batch mean", "bare rewards")
@@ -446,12 +460,17 @@ def test_loss_unlikelihood_never_lets_go():
 
 
 def test_loss_survives_extreme_margins():
-    """In float32, at beta = 1 and h = +-1e5: losses 0 and 1e5, gradients 0 and -1. sigmoid(-1e5) is 0 and its log -inf."""
+    """In float32, at beta = 1 and h = +-1e5: losses 0 and 1e5, gradients 0 and -1. sigmoid(-1e5) is 0 and its log -inf. With a
+    smoothing of 1/4 both terms are there: 1/4 and 3/4 of 1e5."""
     def check(loss):
         pc = torch.tensor([-1.0, -1e5 - 1], requires_grad=True)
         losses = loss(pc, pc.detach().flip(0), torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]), 1.0)[0]
         close(losses, float64(0, 1e5), "losses at beta h = +-1e5: log(sigmoid) underflows to inf, use logsigmoid", 1e-2)
         close(torch.autograd.grad(losses.sum(), pc)[0], float64(0, -1), "the gradient at extreme margins")
+        if loss_smooths:
+            losses = loss(pc, pc.detach().flip(0), torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]), 1.0, label_smoothing=0.25)[0]
+            close(losses, float64(0.25e5, 0.75e5), "smoothed losses at beta h = +-1e5: logsigmoid in both terms", 1e-2)
+    loss_smooths = "label_smoothing" in inspect.signature(under_test("dpo_loss")).parameters
     judge_loss(check, "log of sigmoid", "sign", "batch mean")
 
 
@@ -3579,8 +3598,12 @@ def judge(name, check, panel, mistakes):
     __tracebackhide__ = True
     solution = getattr(importlib.import_module("solutions"), name)
 
+    def spared(function):                                                        # it may write into its arguments: they are copies
+        copy = lambda x: x.clone() if isinstance(x, torch.Tensor) else x.copy() if isinstance(x, np.ndarray) else x
+        return lambda *arguments: function(*map(copy, arguments))
+
     def behaviour(function):
-        results = [function(*arguments) for arguments in panel]
+        results = [spared(function)(*arguments) for arguments in panel]
         if any(result is None for result in results):
             pytest.fail(f"{name} returns None: is its `return` missing?")
         return [fingerprint(result) for result in results]
@@ -3589,7 +3612,7 @@ def judge(name, check, panel, mistakes):
         __tracebackhide__ = True
         mine, right = behaviour(function), behaviour(solution)
         try:
-            check(function)
+            check(spared(function))
         except AssertionError as error:
             alike = {why: (behaviour(wrong) == mine, sum(a == b != c for a, b, c in zip(behaviour(wrong), mine, right)))
                      for why, wrong in mistakes.items()}
@@ -3616,14 +3639,20 @@ def leaks(function):
 
 
 def test_exercise_sequence_logps():
-    """The two rows of test_sequence_logps_by_hand; and all completions of up to 3 tokens have probabilities that sum to 1."""
+    """The two rows of test_sequence_logps_by_hand; all completions of up to 3 tokens have probabilities that sum to 1; and values and
+    gradient with logits of some thousands, and of a model that sees the first token everywhere."""
     completions = all_completions(4, 3)
+    models = [BIGRAM, lambda tokens: 1e3 * TABLE[tokens], lambda tokens: TABLE[tokens] + TABLE[tokens[:, :1]].roll(1, -1)]
 
     def check(logps):
         close(logps(BIGRAM, *ROWS), float64(-4 * LN2, -8 * LN2), "log pi(response | prompt) of two rows", 1e-5)
         total = logps(BIGRAM, *pad([[1]] * len(completions), completions)).exp().sum()
         close(total, 1.0, "the probabilities of all completions must sum to 1", 1e-5)
         assert total.requires_grad, "the result carries no gradient"
+        for model in models:
+            found, expected = logps(model, *ROWS), naive_logps(model, *ROWS)
+            close(found, expected, "log pi(response | prompt) of two rows, with logits of thousands or a model with a memory", 1e-5)
+            close(*(torch.autograd.grad(x.sum(), TABLE)[0] for x in (found, expected)), "and its gradient", 1e-5)
     judge("sequence_logps", check, [(BIGRAM, *ROWS)], {
         "there were no next-token shift: logits[:, t] predict token t + 1": lambda *args: naive_logps(*args, shift=False),
         "it averaged instead of summing: log pi(y|x) is a sum over tokens": lambda *args: naive_logps(*args, mean=True),
@@ -3638,7 +3667,11 @@ def test_exercise_sft():
     right = lambda model, tokens, mask, **how: total(model, tokens, mask, **how) / mask.sum()
 
     def check(loss):
-        close(loss(BIGRAM, *ROWS), 12 / 5 * LN2, "nats per response token of two rows", 1e-5)
+        for rows in (ROWS, [F.pad(x, (0, 2)) for x in ROWS]):
+            found = loss(BIGRAM, *rows)
+            close(found, 12 / 5 * LN2, "nats per response token of two rows", 1e-5)
+            assert torch.as_tensor(found).requires_grad, "the loss carries no gradient"
+            close(*(torch.autograd.grad(x, TABLE)[0] for x in (found, right(BIGRAM, *ROWS))), "the gradient", 1e-5)
     judge("sft_loss", check, [(BIGRAM, *ROWS)], {
         "each row were averaged alone: all response tokens of the batch weigh the same":
             lambda *args: -naive_logps(*args, mean=True).mean(),
@@ -3691,13 +3724,21 @@ def test_exercise_gradient():
 
 
 def test_exercise_reward_model():
-    """Margins ln 3, -ln 3, 0: s = 3/4, 1/4, 1/2, so the losses are ln(4/3), ln 4, ln 2. In float32, margins of 1e5: 0 and 1e5."""
+    """Margins ln 3, -ln 3, 0: s = 3/4, 1/4, 1/2, so the losses are ln(4/3), ln 4, ln 2, the gradients for the chosen -1/4, -3/4, -1/2 and
+    for the rejected the opposite. In float32, margins of +-1e5: losses 0 and 1e5, gradients 0 and -1."""
     chosen, rejected = float64(1 + math.log(3), 1, 5), float64(1, 1 + math.log(3), 5)
     far = torch.tensor([1e5, 0.0]), torch.tensor([0.0, 1e5])
 
     def check(loss):
         close(loss(chosen, rejected), float64(math.log(4 / 3), math.log(4), LN2), "the three pairs of this test's docstring")
         close(loss(*far), float64(0, 1e5), "margins of 1e5 in float32")
+        for scores, expected in (((chosen, rejected), (-1 / 4, -3 / 4, -1 / 2)), (far, (0, -1))):
+            scores = [x.clone().requires_grad_() for x in scores]
+            losses = loss(*scores)
+            assert losses.requires_grad, "the losses carry no gradient"
+            for found, sign in zip(torch.autograd.grad(losses.sum(), scores, allow_unused=True), (1, -1)):
+                assert found is not None, "one of the scores gets no gradient"
+                close(found, sign * float64(*expected), "the gradient")
     judge("reward_model_loss", check, [(chosen, rejected), far], {
         "the sign were reversed: the margin is chosen minus rejected": lambda w, l: -F.logsigmoid(l - w),
         "it averaged over pairs: return one loss a pair, (B,)": lambda w, l: -F.logsigmoid(w - l).mean(),
@@ -3744,9 +3785,8 @@ def test_exercise_gae():
             found = gae(rewards, values, mask, gamma, 0.5)
             close(found[0], float64(*advantages)[None], f"advantages at gamma {gamma}, lam 1/2")
             close(found[1], float64(*returns)[None], f"returns at gamma {gamma}, lam 1/2")
-        advantages = gae(*random)[0]
-        alone = torch.cat([gae(*(x[[i]] for x in random[:3]), *random[3:])[0] for i in (1, 2)])
-        close(advantages[1:], alone, "rows must not touch each other")
+        for found, expected, what in zip(gae(*random), variant(None)(*random), ("advantages", "returns")):
+            close(found, expected, f"{what} of three rows with a reward at each token, the first as long as the batch")
     judge("gae", check, [(rewards, values, mask, 0.5, 0.5), random], {why: variant(mistake) for mistake, why in {
         "no mask": "mask were ignored: prompt and pads are no steps",
         "leak": "what stands behind the response leaked in: V and A are 0 there",
@@ -3789,10 +3829,18 @@ def test_exercise_ppo():
     def check(losses):
         policy_loss, value_loss, found = losses(*arguments)
         close(policy_loss, float64(-1.2, 1.3, -0.7, 0.8, -1, 0)[None], "the policy loss of each token")
-        close(found, ratio, "the ratio pi / pi_old")
+        close(found * mask, ratio * mask, "the ratio pi / pi_old")
         assert policy_loss.requires_grad, "the policy loss carries no gradient"
         close(torch.autograd.grad(policy_loss.sum(), logps)[0], float64(0, 1.3, -0.7, 0, -1, 0)[None], "the policy loss's gradient")
         close(value_loss, float64(0.405, 0.32, 1.125, 0.405, 0.32, 0)[None], "the value loss of each token")
+        results = []
+        for function in (losses, variant(None)):                                 # old log-probs and old values that are not 0
+            new, now = (random[i].clone().requires_grad_() for i in (0, 3))
+            policy_loss, value_loss, ratio_now = function(new, *random[1:3], now, *random[4:], 0.1, 0.35)
+            assert value_loss.requires_grad, "the value loss carries no gradient"
+            results.append([policy_loss, value_loss, ratio_now * random[-1], *torch.autograd.grad((policy_loss + value_loss).sum(), (new, now))])
+        for found, expected, what in zip(*results, ("policy loss", "value loss", "ratio", "gradient for logps", "gradient for values")):
+            close(found, expected, f"the {what} of random tokens, clip .1, value_clip .35")
     judge("ppo_losses", check, [arguments, random], {why: variant(mistake) for mistake, why in {
         "no min": "the minimum were left out: clipped tokens that should be undone are stuck",
         "no clip": "the ratio were not clipped",
