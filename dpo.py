@@ -737,7 +737,7 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
         raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in a block of {model.config.block_size}")
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("an empty prompt: the first token needs something to follow; pass the EOS id to start a text")
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))           # rows of one batch have similar prompts
     completions = [None] * len(prompts)
@@ -1463,9 +1463,10 @@ def _exo(pc, pr, rc, rr, *, beta, label_smoothing=1e-3, **_):
 
 def _chipo(pc, pr, rc, rr, *, beta, r_max=10.0, **_):
     # -log s( clip_{+-2R}[ beta phi(e^{d_w}) - beta phi(e^{d_l}) ] ),  phi(z) = z + log z          [2407.13399]
-    # exp is held at e^40, or float32 would overflow; where one side alone is there, the clip has long cut the gradient
-    phi = lambda d: d.clamp(max=40).exp() + d
-    return -F.logsigmoid((beta * (phi(pc - rc) - phi(pr - rr))).clamp(-2 * r_max, 2 * r_max))
+    # beyond e^40 both are divided by the same number, or float32 would overflow: only the sign counts there, for the clip cuts all else
+    d_w, d_l = pc - rc, pr - rr
+    far = F.relu(torch.maximum(d_w, d_l) - 40).detach()
+    return -F.logsigmoid((beta * ((d_w - far).exp() + d_w - (d_l - far).exp() - d_l)).clamp(-2 * r_max, 2 * r_max))
 
 
 def _rpo(pc, pr, rc, rr, *, beta, eta=0.005, **_):

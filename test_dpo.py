@@ -551,6 +551,9 @@ def test_chipo_clips_its_margin():
         assert not torch.autograd.grad(loss.sum(), chosen)[0].any()
     check((1, 1.0)), check((1, 0.75))
     rejects(check, (100, 1.0), (0.5, 1.0))
+    zero = torch.zeros(1)                                                        # both log-ratios beyond e^40, in float32
+    far = dpo.LOSSES["chipo"](zero + 51.3, zero + 43.6, zero, zero, beta=0.4, r_max=1.5)
+    close(far, [-LOG_S(3)], "the clip's loss, though e^51 and e^44 are far from each other", 1e-6)
 
 
 def bandit_loss(loss, win_rates, log_ref, beta, **hyper):
@@ -1141,7 +1144,7 @@ def test_generate_cuts_long_prompts_on_the_left_and_refuses_the_impossible():
         generate(model, [[1]], 24)
     with pytest.raises(ValueError, match="empty prompt"):
         generate(model, [[1], []], 4)
-    for impossible in ({"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}):
+    for impossible in ({"max_new_tokens": 0}, {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}):
         with pytest.raises(ValueError, match="out of range"):
             generate(model, [[1]], **{"max_new_tokens": 4, **impossible})
 
@@ -2301,6 +2304,20 @@ def test_gridworld_slippery_dpo_misses_the_optimum():
         policy = gw.population_dpo(lake, reference, 0.1, loss)
         assert worst_tv(lake, policy, gw.fit_pairs(lake, reference, tau, wins, 0.1, loss), reference) < 1e-6
         assert worst_tv(lake, policy, gw.soft_optimal_policy(lake, reference, 0.1), reference) > 0.05
+
+
+def test_gridworld_takes_float32_probabilities():
+    """A reference in float32 sums to 1 but for its rounding, and is normalised again. Rejected: one that is off by 1e-5."""
+    lake = gw.FrozenLake(SMALL)
+    reference = gw.walker_policy(lake)
+
+    def check(given):
+        try:
+            close(gw.soft_optimal_policy(lake, given, 0.5), gw.soft_optimal_policy(lake, reference, 0.5), tolerance=1e-5)
+        except ValueError as error:
+            raise AssertionError(str(error)) from None
+    check(reference.astype(np.float32))
+    rejects(check, reference * (1 + 1e-5))
 
 
 def test_gridworld_descent_leaves_saddles(monkeypatch):
