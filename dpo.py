@@ -1364,7 +1364,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     All arguments (B,): log-probabilities in nats, *summed* over the tokens of a completion, EOS included, prompt excluded.
     beta: the weight of the KL in the objective (1), in reward units per nat. Large beta stays near the reference.
     label_smoothing: the chance that a label is flipped, in [0, 0.5) (conservative DPO; 0 is the paper's loss).
-    Returns losses (B,), chosen_rewards (B,), rejected_rewards (B,): rewards are beta * log-ratio, detached, for logging.
+    Returns losses (B,), chosen_rewards (B,), rejected_rewards (B,): rewards are beta * log-ratio, detached, for logging. The
+    reference is frozen: pass its log-probabilities without gradient.
     Source: arXiv 2305.18290, Eq 7.
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps          # d_w
@@ -1530,7 +1531,8 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
 
 
 def by_name(formula):
-    """`formula` under the full names of its arguments; a hyper-parameter that it does not have is a TypeError, not ignored."""
+    """`formula` under the full names of its arguments; a hyper-parameter that it does not have is a TypeError, not ignored, and a
+    label_smoothing that it cannot take a ValueError."""
     name = formula.__name__[1:]
     accepted = inspect.signature(formula).parameters.keys() - {"pc", "pr", "rc", "rr", "beta", "_", "chosen_lengths", "rejected_lengths"}
 
@@ -1540,6 +1542,9 @@ def by_name(formula):
             raise TypeError(f"{name} has no hyper-parameter {', '.join(sorted(unknown))}")
         if name in ("orpo", "simpo") and (chosen_lengths is None or rejected_lengths is None):
             raise ValueError(f"{name} needs chosen_lengths and rejected_lengths")
+        smoothing = hyper.get("label_smoothing", 0.1)
+        if not 0 <= smoothing < 0.5 or name == "exo" and smoothing == 0:
+            raise ValueError(f"{name} takes a label_smoothing from 0{' (not itself)' * (name == 'exo')} to below 0.5, not {smoothing}")
         return formula(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=beta,
                        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **hyper)
     return loss
@@ -2452,8 +2457,8 @@ def loss_settings(options) -> dict:
         try:
             hyper[name] = float(value)
             found = LOSSES[options.loss](-one, -2 * one, -one, -one, beta=options.beta, chosen_lengths=one, rejected_lengths=one, **hyper)
-            good = found.isfinite().all() and 0 <= hyper.get("label_smoothing", 0) < 0.5 and hyper.get("r_max", 1) > 0
-        except (ValueError, ZeroDivisionError):
+            good = found.isfinite().all() and hyper.get("r_max", 1) > 0
+        except ValueError:
             good = False
         except TypeError:
             raise ValueError(f"--hyper {setting}: the loss {options.loss} has no hyper-parameter {name!r}") from None

@@ -359,7 +359,7 @@ def minimise_over_returns(lake, base, objective):
     if not slope(low) <= 0 <= slope(high):
         raise ValueError("no minimiser within |u(1) - u(0)| < 1e6: the loss falls for ever (label smoothing or alpha too large), "
                          "or beta is below 1e-6")
-    for _ in range(100):
+    for _ in range(80):                                                     # 2e6 / 2^80 is below rounding
         middle = (low + high) / 2
         below = slope(middle) < 0 or (middle < 0 and slope(middle) == 0)    # EXO and chi-squared PO are flat far from 0: back there
         low, high = (middle, high) if below else (low, middle)
@@ -401,17 +401,13 @@ def best_policy(lake, reference, objective, steps=300):
     """The policy (H,S,A) of least objective(log_policy), from the reference on. The logits have units of 1/sqrt(visits): rare
     cells learn as fast as common ones, and cells that the reference never reaches keep it.
 
-    Where the ice has put the goal out of reach, the slope of the slippery loss is zero at the reference, though with small beta its
-    curvature is negative: a nudge of 1/1000 tells such a saddle from a minimum."""
+    On slippery ice descent starts 1/1000 beside the reference: where the goal is out of reach the slope of that loss is zero at the
+    reference, though with small beta its curvature is negative, a saddle."""
     log_reference, share = torch.tensor(reference).log(), torch.tensor(visits(lake, reference)[:, :, None] * reference)
     scale = torch.where(share > 0, share.rsqrt(), 0.0)
     log_policy = lambda x: torch.log_softmax(log_reference + scale * x, -1)
-    loss = lambda x: objective(log_policy(x))
-    found = minimise(loss, torch.zeros_like(share), steps)
-    if not lake.deterministic:
-        nudged = minimise(loss, found + 1e-3 * torch.tensor(np.random.default_rng(0).normal(size=share.shape)), steps)
-        found = nudged if loss(nudged) < loss(found) - 1e-9 else found
-    return log_policy(found).exp().numpy()
+    start = torch.zeros_like(share) if lake.deterministic else 1e-3 * torch.tensor(np.random.default_rng(0).normal(size=share.shape))
+    return log_policy(minimise(lambda x: objective(log_policy(x)), start, steps)).exp().numpy()
 
 
 def bradley_terry(trajectories):
