@@ -1542,7 +1542,7 @@ def by_name(formula):
             raise TypeError(f"{name} has no hyper-parameter {', '.join(sorted(unknown))}")
         if name in ("orpo", "simpo") and (chosen_lengths is None or rejected_lengths is None):
             raise ValueError(f"{name} needs chosen_lengths and rejected_lengths")
-        smoothing = hyper.get("label_smoothing", 0.1)
+        smoothing = hyper.get("label_smoothing", 0.1)                            # where none is given, every loss's own is in range
         if not 0 <= smoothing < 0.5 or name == "exo" and smoothing == 0:
             raise ValueError(f"{name} takes a label_smoothing from 0{' (not itself)' * (name == 'exo')} to below 0.5, not {smoothing}")
         return formula(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=beta,

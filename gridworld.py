@@ -282,8 +282,8 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     """The minimiser (H,S,A) of the infinite-data loss of dpo.LOSSES[loss]; cells the reference never reaches keep it.
 
     On deterministic ice it is exact, for all but orpo and simpo. On slippery ice, where it is for dpo, cdpo, robust, ipo and sft
-    only, the loss is not convex in the policy: this is the minimum that descent from the reference reaches, and others may lie
-    lower.                                                        [test_gridworld_slippery_objective_has_other_minima]
+    only, the loss is not convex in the policy: this is the minimum that descent from beside the reference reaches, and others
+    may lie lower.                                                        [test_gridworld_slippery_objective_has_other_minima]
     flip: the chance that a label is turned round. ValueError for bad arguments and, on deterministic ice, where there is no
     minimiser; OverflowError on slippery ice where beta times the log-ratios is too wide for the series of `pair_expectation`.
     """
@@ -401,12 +401,13 @@ def best_policy(lake, reference, objective, steps=300):
     """The policy (H,S,A) of least objective(log_policy), from the reference on. The logits have units of 1/sqrt(visits): rare
     cells learn as fast as common ones, and cells that the reference never reaches keep it.
 
-    On slippery ice descent starts 1/1000 beside the reference: where the goal is out of reach the slope of that loss is zero at the
-    reference, though with small beta its curvature is negative, a saddle."""
+    On slippery ice descent starts 1/1000 beside the reference, which can be a saddle of the preference losses: where the goal is out of
+    reach their slope is zero there, though with small beta their curvature is negative."""
     log_reference, share = torch.tensor(reference).log(), torch.tensor(visits(lake, reference)[:, :, None] * reference)
     scale = torch.where(share > 0, share.rsqrt(), 0.0)
     log_policy = lambda x: torch.log_softmax(log_reference + scale * x, -1)
-    start = torch.zeros_like(share) if lake.deterministic else 1e-3 * torch.tensor(np.random.default_rng(0).normal(size=share.shape))
+    noise = torch.tensor(np.random.default_rng(0).normal(size=share.shape))
+    start = torch.zeros_like(share) if lake.deterministic else 1e-3 * noise
     return log_policy(minimise(lambda x: objective(log_policy(x)), start, steps)).exp().numpy()
 
 
