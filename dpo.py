@@ -2586,7 +2586,7 @@ OPTIONS = {                             # name: (default, help). A type: no defa
     "skip-long": (False, "leave out pairs with a completion that does not fit, and count them"),
     "loss": ("dpo", f"one of {', '.join(LOSSES)}"),
     "hyper": ([], "NAME=VALUE, a setting of the loss, such as label_smoothing=0.1"),
-    "vocab-size": (512, "from scratch: tokens of the byte-pair encoding"),
+    "vocab-size": (512, "from scratch: tokens of the byte-pair encoding, 257 at least"),
     "block-size": (256, "from scratch: longest sequence, in tokens"),
     "n-layer": (4, "from scratch: layers"), "n-head": (4, "from scratch: attention heads"), "n-embd": (128, "from scratch: width"),
     "dropout": (0.0, "from scratch: share of units dropped in training"),
