@@ -760,9 +760,10 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
     config, device, B = model.config, next(model.parameters()).device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     T = int(lengths.max()) + max_new_tokens
-    tokens = torch.full((B, T), -1, device=device)                                              # -1: not known yet
+    tokens = np.full((B, T), -1, np.int64)                                                      # -1: not known yet
     for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
+        tokens[row, :len(prompt)] = prompt
+    tokens = torch.from_numpy(tokens).to(device)
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
     cache = torch.empty(config.n_layer, 2, B, T, config.n_head, config.n_embd // config.n_head, device=device,
@@ -785,7 +786,8 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
             break
         if running.float().mean() < 0.75:                       # drop finished rows; not at each step, for it copies the cache
             left = running.nonzero()[:, 0]
-            rows, token, cache = rows[left], token[left], cache.index_select(2, left)
+            so_far, cache = cache[:, :, :, :t - 1].index_select(2, left), cache[:, :, :len(left)]
+            rows, token, cache[:, :, :, :t - 1] = rows[left], token[left], so_far
         new = token[:, None]
     tokens = tokens.cpu()
     return [tokens[i, start:end].tolist() for i, (start, end) in enumerate(zip(lengths.tolist(), ends.tolist()))]
@@ -805,8 +807,10 @@ def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
     # inverse transform sampling: the first token whose cumulative probability reaches a uniform number in (0, 1]; that is one
     # random number a row, where torch.multinomial draws one a token
     cumulative = logits.softmax(-1).cumsum(-1)
+    if cumulative[:, -1].isnan().any():
+        raise FloatingPointError("the model's logits are not numbers: nothing can be sampled from them")
     threshold = (1 - torch.rand(len(logits), 1, device=logits.device)) * cumulative[:, -1:]
-    return (cumulative < threshold).sum(-1)
+    return torch.searchsorted(cumulative, threshold).squeeze(-1)
 
 
 # ======================================================================================================================

@@ -1159,6 +1159,9 @@ def test_generate_cuts_long_prompts_on_the_left_and_refuses_the_impossible():
     for impossible in ({"max_new_tokens": 0}, {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}):
         with pytest.raises(ValueError, match="out of range"):
             generate(model, [[1]], **{"max_new_tokens": 4, **impossible})
+    model.ln_f.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        generate(model, [[1]], 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
