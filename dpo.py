@@ -311,8 +311,7 @@ def attention(q, k, v, dropout: float = 0.0):
 def fill(rows):
     """Row numbers (n,); where `onednn_products` has taken effect, and as many zeros as make n a multiple of 64: idle rows, that
     nobody asks for."""
-    onednn = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == "bf16"
-    return F.pad(rows, (0, -len(rows) % 64)) if onednn else rows
+    return F.pad(rows, (0, -len(rows) % 64)) if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else rows
 
 
 def take(x, rows):
@@ -648,35 +647,9 @@ def onednn_rounds() -> bool:
     return not torch.equal(x @ torch.eye(256), x)
 
 
-@functools.cache
-def onednn_suits() -> bool:
-    """Whether float32 products are to be computed by oneDNN on this machine: where it stays exact and beats PyTorch's default, MKL.
-
-    On AMD's processors with AVX-512 a product takes half of MKL's time, and a DPO step two thirds; on an Intel Xeon a step takes 7% more.
-    PyTorch, from 2.9 on, uses oneDNN for float32 only where factors may be rounded to bfloat16: so we allow that, and try whether
-    this CPU does."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    before = getattr(settings, "fp32_precision", None)                           # None: PyTorch before 2.9
-    if before is None or not mkl_idles():
-        return False
-    try:
-        settings.fp32_precision = "bf16"
-        return not onednn_rounds()
-    finally:
-        settings.fp32_precision = before
-
-
 @contextlib.contextmanager
-def onednn_products(model):
-    """Within, a CPU's float32 matrix products are computed by oneDNN where that suits.
-
-    For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it, a thousand of them at most. Therefore models below
-    2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that shapes recur: a step takes 7% less time, and memory
-    stays flat.
-    """
-    if next(model.parameters()).device.type != "cpu" or sum(p.numel() for p in model.parameters()) < 2 ** 19 or not onednn_suits():
-        yield
-        return
+def onednn_allowed():
+    """Within, oneDNN computes a CPU's float32 products instead of MKL. PyTorch has this as leave to round their factors to bfloat16."""
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     try:
@@ -684,6 +657,27 @@ def onednn_products(model):
         yield
     finally:
         settings.fp32_precision = before
+
+
+@functools.cache
+def onednn_suits() -> bool:
+    """Whether float32 products are to be computed by oneDNN on this machine: where it stays exact, which is tried, and beats MKL.
+    On AMD's processors with AVX-512 a product takes half of MKL's time, a DPO step two thirds; on an Intel Xeon a step takes 7% more."""
+    if not mkl_idles():
+        return False
+    with onednn_allowed():
+        return not onednn_rounds()
+
+
+def onednn_products(model):
+    """A context in which a CPU's float32 matrix products are computed by oneDNN where that suits.
+
+    For each new shape oneDNN makes a kernel, in half a millisecond, and keeps it, a thousand of them at most. Therefore models below
+    2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that shapes recur: a step takes 7% less time, and memory
+    stays flat.
+    """
+    large = next(model.parameters()).device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= 2 ** 19
+    return onednn_allowed() if large and onednn_suits() else contextlib.nullcontext()
 
 
 def progress_bar(shown: bool, *arguments, **options):
@@ -1027,10 +1021,7 @@ def spread(model, loss, run: Run):
         return LossOf(model, loss)
     if not run.fsdp:
         return nn.parallel.DistributedDataParallel(LossOf(model, loss))          # each process has a copy
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:
-        raise ValueError("--fsdp needs PyTorch 2.6 or newer") from None
+    from torch.distributed.fsdp import fully_shard                               # here, for it takes a second to load
     for gpt in gpts:                                                             # each process has a part of every layer
         for block in gpt.h:
             fully_shard(block)

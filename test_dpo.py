@@ -912,9 +912,7 @@ def test_attention_both_ways():
 def test_onednn_products_stay_float32(monkeypatch):
     """Within the context the products of a large model are float32's; behind it, and behind an error, PyTorch's setting is as
     before. Small models, CPUs that would round, and CPUs that gain nothing, are left alone. Rejected: factors rounded to bfloat16."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(settings, "fp32_precision"):
-        pytest.skip("PyTorch 2.9 brought the setting")
+    settings = torch.backends.mkldnn.matmul
     before, small, large = settings.fp32_precision, torch.nn.Linear(2, 2), torch.nn.Linear(1024, 1024)
     x, y = normal(300, 200, seed=0), normal(200, 100, seed=1)
 
