@@ -827,9 +827,10 @@ def ift(lake, reference, beta, rng):
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
-# The numbers are the strengths of the optima: beta times the margin h at which p times the slope of the loss for "success
-# won" balances 1-p times its slope for "failure won"; for DPO p s(-beta h) = (1-p) s(beta h), so beta h = logit p = 1. MinorDPO: its kink at d = 0 holds it at the reference, for with ties
-# among the pairs leaving pays only if 2(1-p) < (2p-1) P(failure), and never at p = .73.
+# The numbers are the strengths of the optima: beta times the margin h at which p times the slope of the loss for "success won"
+# balances 1-p times its slope for "failure won"; for DPO p s(-beta h) = (1-p) s(beta h), so beta h = logit p = 1.
+# MinorDPO stays at the reference, where its loss has a kink (d = 0): with ties among the pairs leaving pays only if
+# 2(1-p) < (2p-1) P(failure), and never at p = .73.
 
 METHODS = {
     "SFT": lambda lake, reference, beta, rng: (reference, reference),                  # imitates its own trajectories

@@ -84,6 +84,7 @@ def rejects(check, *wrongs):
 
 
 def float64(*values):
+    """Numbers or lists as one float64 tensor, in which an error of 1e-6 is a mistake and not rounding."""
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -108,11 +109,13 @@ def absent(what, required=False):
 
 
 def under_test(name):
+    """What the module under test calls `name`; see `absent` for where it has none."""
     module = importlib.import_module(MODULE)
     return getattr(module, name) if hasattr(module, name) else absent(name, required=name == "dpo_loss")
 
 
 def loss_named(name):
+    """LOSSES[name] of the module under test; see `absent` for where it has none."""
     losses = under_test("LOSSES")
     return losses[name] if name in losses else absent(f"LOSSES[{name!r}]")
 
@@ -230,6 +233,7 @@ def descend(loss, start):
 
 
 def kl_divergence(log_p, log_q):
+    """KL(p || q) in nats, over the last axis, which holds every completion."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -787,6 +791,7 @@ def test_prompts_are_split_by_their_text():
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    """400 tokens learnt from 300 reviews."""
     rng = random.Random(0)
     return dpo.train_tokenizer([dpo.sample_review(rng) for _ in range(300)], 400)
 
@@ -1158,8 +1163,9 @@ def test_generate_cuts_long_prompts_on_the_left_and_refuses_the_impossible():
         with pytest.raises(ValueError, match="out of range"):
             generate(model, [[1]], **{"max_new_tokens": 4, **impossible})
     model.ln_f.weight.data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="not numbers"):
-        generate(model, [[1]], 4)
+    for temperature in (0, 1):
+        with pytest.raises(FloatingPointError, match="not numbers"):
+            generate(model, [[1]], 4, temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -1175,6 +1181,7 @@ def test_generate_in_the_models_precision(dtype):
 
 
 def train_dpo(model, reference, dropout=False, **changes):
+    """Six steps of DPO on `tiny_pairs`; changes: of `Training`'s settings."""
     training = Training(**{"steps": 6, "learning_rate": 1e-2, "batch_size": 4, "warmup": 0.0, **changes})
     return dpo.train_preferences(model, reference, tiny_pairs(), training, quiet=True, dropout=dropout)
 
@@ -2759,6 +2766,7 @@ def digest(path):
 
 
 def weights(directory):
+    """The digest of the model that a run has written."""
     return digest(directory / "model.safetensors")
 
 
@@ -3121,7 +3129,8 @@ def test_ppo_says_when_completions_do_not_end(world, tmp_path, monkeypatch, caps
     def said(completion):
         monkeypatch.setattr(dpo, "generate", lambda model, prompts, *more, **options: [completion] * len(prompts))
         assert run(*command(world, "ppo", "--steps", 1, "--out", tmp_path / "out", "--overwrite")) == 0
-        return "512 of 512 completions do not end within --max-new-tokens 8" in capsys.readouterr().out, metrics(tmp_path / "out")[0]["ended"]
+        warned = "512 of 512 completions do not end within --max-new-tokens 8" in capsys.readouterr().out
+        return warned, metrics(tmp_path / "out")[0]["ended"]
     assert said([5, 6]) == (True, 0) and said([5, eos]) == (False, 1)
 
 
@@ -3881,7 +3890,8 @@ def test_exercise_ppo():
             new, now = (random[i].clone().requires_grad_() for i in (0, 3))
             policy_loss, value_loss, ratio_now = function(new, *random[1:3], now, *random[4:], 0.1, 0.35)
             assert value_loss.requires_grad, "the value loss carries no gradient"
-            results.append([policy_loss, value_loss, ratio_now * random[-1], *torch.autograd.grad((policy_loss + value_loss).sum(), (new, now))])
+            gradients = torch.autograd.grad((policy_loss + value_loss).sum(), (new, now))
+            results.append([policy_loss, value_loss, ratio_now * random[-1], *gradients])
         for found, expected, what in zip(*results, ("policy loss", "value loss", "ratio", "gradient for logps", "gradient for values")):
             close(found, expected, f"the {what} of random tokens, clip .1, value_clip .35")
     judge("ppo_losses", check, [arguments, random], {why: variant(mistake) for mistake, why in {
