@@ -1166,6 +1166,10 @@ def test_generate_cuts_long_prompts_on_the_left_and_refuses_the_impossible():
     for temperature in (0, 1):
         with pytest.raises(FloatingPointError, match="not numbers"):
             generate(model, [[1]], 4, temperature)
+        for row in ([0, math.nan], [0, math.inf], [-math.inf, -math.inf]):       # one such row in a batch is enough
+            with pytest.raises(FloatingPointError, match="not numbers"):
+                dpo.sample_from(torch.tensor([[0.0, 0.0], row]), temperature)
+        assert dpo.sample_from(torch.tensor([[-math.inf, 0.0]]), temperature).tolist() == [1]         # a word that is ruled out
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
