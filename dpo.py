@@ -649,7 +649,8 @@ def onednn_rounds() -> bool:
 
 @contextlib.contextmanager
 def onednn_allowed():
-    """Within, oneDNN computes a CPU's float32 products instead of MKL. PyTorch has this as leave to round their factors to bfloat16."""
+    """Within, oneDNN and not MKL computes a CPU's float32 products. PyTorch does so only where their factors may be rounded to bfloat16,
+    so that is allowed; whether this CPU then rounds, `onednn_rounds` tries."""
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     try:
@@ -676,8 +677,8 @@ def onednn_products(model):
     2^19 parameters keep MKL, and `GPT.forward` fills up with idle rows so that shapes recur: a step takes 7% less time, and memory
     stays flat.
     """
-    large = next(model.parameters()).device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= 2 ** 19
-    return onednn_allowed() if large and onednn_suits() else contextlib.nullcontext()
+    on_cpu, size = next(model.parameters()).device.type == "cpu", sum(p.numel() for p in model.parameters())
+    return onednn_allowed() if on_cpu and size >= 2 ** 19 and onednn_suits() else contextlib.nullcontext()
 
 
 def progress_bar(shown: bool, *arguments, **options):

@@ -1191,6 +1191,7 @@ def train_dpo(model, reference, dropout=False, **changes):
 
 
 def column(history, name):
+    """One number of each logged step, (steps,) float64."""
     return torch.tensor([row[name] for row in history], dtype=torch.float64)
 
 
@@ -1978,6 +1979,7 @@ LEFT, DOWN, RIGHT, UP = range(4)
 
 
 def random_policy(lake, seed=0, spread=1.0):
+    """A policy (H,S,A) whose logits are normal with standard deviation `spread`."""
     policy = np.exp(spread * np.random.default_rng(seed).normal(size=(lake.horizon, len(lake.P), 4)))
     return policy / policy.sum(-1, keepdims=True)
 
@@ -2720,6 +2722,7 @@ def test_gridworld_mass_on_what_the_data_never_shows():
 
 
 def write_jsonl(path, rows):
+    """One JSON object a line -> path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -2730,10 +2733,12 @@ def run(*arguments):
 
 
 def metrics(directory):
+    """What a run has logged: a dict a step, and the summary last."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def summary(directory):
+    """The last line of a run's log: its held-out numbers."""
     return metrics(directory)[-1]
 
 
@@ -3071,6 +3076,7 @@ def test_nan_names_the_lines(world, tmp_path, capfd, monkeypatch):
 
 
 def argparse_like(world):
+    """The options that `read_pairs` looks at, as the command line would give them."""
     import argparse
     return argparse.Namespace(data=world / "pairs.jsonl", skip_long=False, all=False)
 
