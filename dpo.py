@@ -453,8 +453,9 @@ class GPT(nn.Module):
         tensors = {name.removeprefix("transformer."): value for shard in sorted(directory.glob("model*.safetensors"))
                    for name, value in load_file(shard).items()}
         head, epsilon = tensors.get("lm_head.weight"), config.get("layer_norm_epsilon", 1e-5)
-        if head is not None and not torch.equal(head, tensors["wte.weight"]) or epsilon != 1e-5:
-            raise ValueError(f"{directory}: an untied head or another layer norm, which this GPT-2 does not have")
+        scaled = config.get("scale_attn_weights", True) and not config.get("scale_attn_by_inverse_layer_idx", False)
+        if head is not None and not torch.equal(head, tensors["wte.weight"]) or epsilon != 1e-5 or not scaled:
+            raise ValueError(f"{directory}: an untied head, another layer norm or scale of attention, which this GPT-2 does not have")
         # the causal masks of old checkpoints (".attn.bias") and the tied head are not parameters; "c_attn.bias" is one
         tensors = {name: value.t().contiguous() if is_conv1d(name) else value for name, value in tensors.items()
                    if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
@@ -555,9 +556,12 @@ def read_tokenizer(directory) -> tiktoken.Encoding:
         saved = json.loads((directory / "tokenizer.json").read_text("utf-8"))
         model, cut = saved["model"], saved.get("pre_tokenizer") or {}
         if (model.get("type", "BPE") != "BPE" or cut.get("type") != "ByteLevel" or cut.get("add_prefix_space")
-                or saved.get("normalizer")):
+                or not cut.get("use_regex", True) or saved.get("normalizer")):
             raise ValueError(f"{directory}: its tokenizer.json is not of GPT-2's kind, a byte-level BPE")
         vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
+        merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in model.get("merges", ())]
+        if merged != sorted(merged):                                             # tiktoken merges by id
+            raise ValueError(f"{directory}: the merges of its tokenizer.json do not stand in the order of the ids")
     else:
         vocabulary, special = json.loads((directory / "vocab.json").read_text("utf-8")), {}
     if EOS_TEXT in vocabulary:
@@ -699,6 +703,8 @@ def in_batches(function, model, prompts: list, completions: list, batch_size: in
         batch = order[start:start + batch_size]
         with mixed_precision(device), onednn_products(model):
             values[batch] = function(model, *pad([prompts[i] for i in batch], [completions[i] for i in batch], device)).float().cpu()
+    if not values.isfinite().all():
+        raise FloatingPointError("the model's log-probabilities or scores are not numbers: its training went astray")
     return values
 
 
@@ -724,14 +730,14 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
 
     Returns lists of ids without the prompt, EOS included where one was sampled. temperature 0 is greedy; top_k and top_p
     narrow the choice to the k likeliest tokens, or to the likeliest that hold a share p. Draws from torch's global generator.
-    A prompt that leaves no room for max_new_tokens in the model's block is cut on the left.
+    A prompt that leaves no room for max_new_tokens in the model's block is cut on the left. The model is left in eval mode.
     """
     model.eval()
     room = model.config.block_size - max_new_tokens
     if room < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a prompt in a block of {model.config.block_size}")
     if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("an empty prompt: the first token needs something to follow; pass the EOS id to start a text")
+        raise ValueError("an empty prompt: the first token needs something to follow, for GPT-2's own weights the EOS id")
     if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))           # rows of one batch have similar prompts
@@ -840,7 +846,7 @@ class Run:
     resume: bool = False
     fsdp: bool = False                  # shard model and optimiser over the processes (FSDP2) instead of copying them (DDP)
     compile: bool = False
-    last_good: int = 0                  # steps in the checkpoint
+    saved_steps: int = 0                # in the checkpoint
 
     def load(self):
         """The checkpoint to go on from, or None; a fault of it is a ValueError. Nothing in it is executed."""
@@ -871,12 +877,12 @@ class Run:
             memory.update(saved["memory"])
             torch.set_rng_state(saved["generators"][0])                          # the CPU's; then each GPU's
             torch.cuda.set_rng_state_all(saved["generators"][1:1 + torch.cuda.device_count()])
-            self.last_good = saved["step"]
+            self.saved_steps = saved["step"]
         if self.out and process()[0] == 0:
             path = self.out / "metrics.jsonl"
             rows = path.read_text().splitlines(keepends=True) if saved and path.exists() else []
             try:
-                rows = [row for row in rows if row.endswith("}\n") and json.loads(row).get("step", self.last_good) < self.last_good]
+                rows = [row for row in rows if row.endswith("}\n") and json.loads(row).get("step", self.saved_steps) < self.saved_steps]
             except ValueError as error:
                 raise ValueError(f"{path}: a line of it is not JSON ({error}); without the file --resume goes on, too") from None
             replace_file(path, lambda draft: draft.write_text("".join(rows)))
@@ -888,14 +894,14 @@ class Run:
             else:
                 for name in ("checkpoint.pt", "model.safetensors"):              # of a run that is being overwritten
                     (self.out / name).unlink(missing_ok=True)
-        return self.last_good
+        return self.saved_steps
 
     def save(self, model, optimizer, schedule, step: int, memory: dict):
         """The whole state after `step` steps, in one file: a kill at any moment leaves the old one or the new one."""
         if self.out is None:
             return
         tensors, state = whole(model.state_dict()), whole(optimizer.state_dict())       # of all processes, so before the test
-        self.last_good = step
+        self.saved_steps = step
         if process()[0] == 0:
             checkpoint = {"settings": self.settings, "model": tensors, "optimizer": state, "schedule": schedule.state_dict(),
                           "step": step, "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "memory": memory}
@@ -916,7 +922,7 @@ class Run:
             return ""
         lines = sorted({int(self.lines[row]) for batch in micro_batches for row in batch.get("data", ())})
         return (f"; the batch's lines: {', '.join(map(str, lines))}; " + (
-            f"the last good checkpoint, {self.out}, has {self.last_good} steps" if self.last_good else "there is no checkpoint yet"))
+            f"the last checkpoint, {self.out}, has {self.saved_steps} steps" if self.saved_steps else "there is no checkpoint yet"))
 
 
 def process() -> tuple[int, int]:
@@ -1188,6 +1194,9 @@ def read_jsonl(path):
         raise ValueError(f"{path}:1: the file holds no record")
 
 
+MANY_BLANKS = 2 ** 18                   # tiktoken takes some 500,000 in a row; a million end the program
+
+
 def text_field(record: dict, name: str, where: str) -> str:
     """The text of a field, a string or a list of messages; ValueError beginning with `where` if there is none."""
     value = record.get(name)
@@ -1199,11 +1208,13 @@ def text_field(record: dict, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: field {name!r} must be a string or a list of {{\"role\", \"content\"}} messages")
     if not value.strip():
-        raise ValueError(f"{where}: field {name!r} is empty")
+        raise ValueError(f"{where}: field {name!r} is empty or blank")
     try:
         value.encode()
     except UnicodeEncodeError:                                                   # "\ud800" in JSON: half a surrogate pair
         raise ValueError(f"{where}: field {name!r} holds a character that is not valid Unicode") from None
+    if len(value) > MANY_BLANKS and max(map(len, re.findall(r"\s+", value)), default=0) > MANY_BLANKS:
+        raise ValueError(f"{where}: field {name!r} holds more than {MANY_BLANKS} blanks in a row")
     return value
 
 
@@ -1463,7 +1474,9 @@ def _chipo(pc, pr, rc, rr, *, beta, r_max=10.0, **_):
     # beyond e^40 both are divided by the same number, or float32 would overflow: only the sign counts there, for the clip cuts all else
     d_w, d_l = pc - rc, pr - rr
     far = F.relu(torch.maximum(d_w, d_l) - 40).detach()
-    return -F.logsigmoid((beta * ((d_w - far).exp() + d_w - (d_l - far).exp() - d_l)).clamp(-2 * r_max, 2 * r_max))
+    # like is taken from like, for a small difference of large numbers loses its digits
+    difference = ((d_w - far).exp() - (d_l - far).exp()) + (d_w - d_l)
+    return -F.logsigmoid((beta * difference).clamp(-2 * r_max, 2 * r_max))
 
 
 def _rpo(pc, pr, rc, rr, *, beta, eta=0.005, **_):
@@ -1530,7 +1543,9 @@ def by_name(formula):
     """`formula` under the full names of its arguments; a hyper-parameter that it does not have is a TypeError, not ignored, and a
     label_smoothing that it cannot take a ValueError."""
     name = formula.__name__[1:]
-    accepted = inspect.signature(formula).parameters.keys() - {"pc", "pr", "rc", "rr", "beta", "_", "chosen_lengths", "rejected_lengths"}
+    parameters = inspect.signature(formula).parameters
+    accepted = parameters.keys() - {"pc", "pr", "rc", "rr", "beta", "_", "chosen_lengths", "rejected_lengths"}
+    has_reference = parameters["rc"].default is inspect.Parameter.empty
 
     def loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps=None, reference_rejected_logps=None, *, beta=0.1,
              chosen_lengths=None, rejected_lengths=None, **hyper):
@@ -1538,6 +1553,8 @@ def by_name(formula):
             raise TypeError(f"{name} has no hyper-parameter {', '.join(sorted(unknown))}")
         if name in ("orpo", "simpo") and (chosen_lengths is None or rejected_lengths is None):
             raise ValueError(f"{name} needs chosen_lengths and rejected_lengths")
+        if has_reference and (reference_chosen_logps is None or reference_rejected_logps is None):
+            raise ValueError(f"{name} needs reference_chosen_logps and reference_rejected_logps")
         smoothing = hyper.get("label_smoothing", 0.1)                            # where none is given, every loss's own is in range
         if not 0 <= smoothing < 0.5 or name == "exo" and smoothing == 0:
             raise ValueError(f"{name} takes a label_smoothing from 0{' (not itself)' * (name == 'exo')} to below 0.5, not {smoothing}")
@@ -1640,28 +1657,29 @@ def group_advantages(rewards, mask, group: int):
     """GRPO: how much better a completion did than the others of its prompt, in their standard deviations; each of its tokens
     gets that number. rewards, mask (B,T), rows of one prompt together -> (B,T). Source: arXiv 2402.03300, but the KL stays in
     the reward, as in PPO, so that beta keeps its meaning, and in the loss all tokens weigh the same, not all completions."""
-    total = (rewards * mask).sum(1).view(-1, group)
+    total = rewards.masked_fill(~mask.bool(), 0).sum(1).view(-1, group)
     return ((total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)).view(-1, 1) * mask
 
 
 def whiten(x, mask):
     """Mean 0 and standard deviation 1 over the places where mask is 1; 0 elsewhere."""
     kept = x[mask.bool()]
-    return (x - kept.mean()) / (kept.std(unbiased=False) + 1e-8) * mask
+    return ((x - kept.mean()) / (kept.std(unbiased=False) + 1e-8)).masked_fill(~mask.bool(), 0)
 
 
 def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
-    """PPO's two losses per token, and the ratio; all (B,T), losses 0 where mask is 0.
+    """PPO's two losses per token, and the ratio; all (B,T), losses 0 and the ratio 1 where mask is 0, whatever stands there.
 
     policy: -min( ratio A, clip(ratio, 1-clip, 1+clip) A ), ratio = pi/pi_old. Once the ratio has moved past the clip in the
     direction that A asks for, the gradient of that token is exactly zero. Source: arXiv 1707.06347, Eq 7.
     value: 1/2 max( (V - R)^2, (clip(V, V_old +- value_clip) - R)^2 ).
     """
-    ratio = (logps - old_logps).exp()
+    outside = ~mask.bool()
+    ratio = (logps - old_logps).masked_fill(outside, 0).exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     value_loss = 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square())
-    return policy_loss * mask, value_loss * mask, ratio
+    return policy_loss.masked_fill(outside, 0), value_loss.masked_fill(outside, 0), ratio
 
 
 def adapt_beta(beta, kl, target, n, horizon):
@@ -1755,8 +1773,7 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
         policy_loss, value_loss, ratio = ppo_losses(logps, batch["old_logps"], batch["advantages"], values, batch["old_values"],
                                                     batch["returns"], batch["mask"], ppo.clip, ppo.value_clip)
         total = (policy_loss + ppo.value_weight * value_loss).sum()
-        moved = ((ratio - 1).abs() * batch["mask"]).sum()
-        return total, {"policy_loss": policy_loss.sum(), "value_loss": value_loss.sum(), "ratio_moved": moved,
+        return total, {"policy_loss": policy_loss.sum(), "value_loss": value_loss.sum(), "ratio_moved": (ratio - 1).abs().sum(),
                        **{name: value * batch["count"] for name, value in state["statistics"].items()}}          # means already
     models = nn.ModuleDict({"policy": policy, **({"critic": critic} if critic else {})})
     return fit(stage, models, batches, loss, training, memory=state, **options)
@@ -1841,9 +1858,12 @@ def best_of_n(rewards, n: int):
     return reward, kl
 
 
-def standard_error(values) -> float:
-    """Of the mean of independent values (n,), n >= 2: in their unit."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+def standard_error(values, groups=None) -> float | None:
+    """Of the mean of values (n,), in their unit. groups (n,): values of one group, as the pairs of one prompt, may depend on one
+    another; only groups are independent. Without it each value is its own group. None where there are fewer than two."""
+    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sums = np.bincount(groups, np.asarray(values, float) - np.mean(values, dtype=float))        # each group's share in the mean's error
+    return math.sqrt(len(sums) / (len(sums) - 1) * (sums @ sums)) / len(values) if len(sums) > 1 else None
 
 
 def judge(tokenizer, prompts: list, completions: list) -> dict:
@@ -2081,9 +2101,11 @@ def measure(world: World, name: str, run, **options) -> tuple[GPT, dict]:
     seconds = time.time() - started
     row = evaluate(policy, world.reference, world.frontier, world.held_out, world.tokenizer, world.scale.samples, MAX_NEW_TOKENS,
                    progress=name)
-    theory_kl, theory_reward = world.frontier.at_beta(options.get("beta", BETA))
-    return policy, {**row, "seconds": seconds, "theory_kl": theory_kl, "theory_reward": theory_reward,
-                    "kl_over_theory": row["kl"] / theory_kl}
+    row["seconds"] = seconds
+    if options.get("loss", "dpo") == "dpo":                                      # DPO and PPO aim at pi*, other losses elsewhere
+        row["theory_kl"], row["theory_reward"] = world.frontier.at_beta(options.get("beta", BETA))
+        row["kl_over_theory"] = row["kl"] / row["theory_kl"]
+    return policy, row
 
 
 def measure_all(world: World, jobs: list, pool=None) -> tuple[dict, dict]:
@@ -2210,7 +2232,7 @@ def over_seeds(methods: dict) -> dict:
             if row[key] is not None and not key.endswith("_se"):
                 values[name.rsplit(" seed=", 1)[0], key].append(row[key])
     for (setting, key), numbers in values.items():
-        means[setting] |= {key: float(np.mean(numbers)), key + "_se": standard_error(numbers) if len(numbers) > 1 else None}
+        means[setting] |= {key: float(np.mean(numbers)), key + "_se": standard_error(numbers)}
     return means
 
 
@@ -2338,7 +2360,7 @@ def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tu
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
     if scores and (model.score is None or model.score.out_features != 1):
-        raise ValueError(f"{directory}: not a reward model, which has one trained output; a language model's rewards need --reference")
+        raise ValueError(f"{directory}: not a reward model, which has one trained output (eval of a language model needs --reference)")
     if n_outputs and model.score.out_features != n_outputs:
         raise ValueError(f"{directory}: its trained head has {model.score.out_features} outputs, not {n_outputs}")
     if not scores and n_outputs is None and model.score is not None:
@@ -2404,7 +2426,13 @@ def stage_sft(options, device) -> dict:
     """`sft`: fit a language model to texts, from scratch or from --init -> the summary's numbers."""
     if options.init:
         model, tokenizer = open_model(options.init, device)
+        given = [name for name in ("vocab-size", "block-size", "n-layer", "n-head", "n-embd", "dropout")
+                 if getattr(options, name.replace("-", "_")) != OPTIONS[name][0]]
+        if given:
+            raise ValueError(f"--{given[0]} is for a model from scratch; that of --init has its own")
     else:
+        if options.vocab_size < 257:
+            raise ValueError(f"--vocab-size {options.vocab_size}: 257 at least, the 256 bytes and {EOS_TEXT}")
         sample = [text for i, (_, text) in enumerate(read_texts(options.data, "text")) if i < 20_000]     # all are checked
         tokenizer = train_tokenizer(sample, options.vocab_size)
         model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd,
@@ -2473,8 +2501,8 @@ def stage_rm(options, device) -> dict:
 
 
 def compare(model, reference, pairs: Pairs, beta=None) -> dict:
-    """Accuracy and margin, with standard errors, of the rewards that a reward model gives, or that a policy implies: for every --loss
-    these are beta log(pi/pi_ref), and "loss" is DPO's of them."""
+    """Accuracy and margin, with standard errors over prompts, of the rewards that a reward model gives, or that a policy implies: for
+    every --loss these are beta log(pi/pi_ref), and "loss" is DPO's of them."""
     more = {}
     if model.score is not None:
         rewards = score_completions(model, pairs.prompts, pairs.completions, rows=pairs.rows())            # (R,)
@@ -2484,12 +2512,13 @@ def compare(model, reference, pairs: Pairs, beta=None) -> dict:
         losses, chosen, rejected = dpo_loss(*(side[rows] for side in logps for rows in (pairs.chosen, pairs.rejected)), beta)
         margins, more = chosen - rejected, {"loss": losses.mean().item(), "chosen_reward": chosen.mean().item(),
                                             "rejected_reward": rejected.mean().item()}
-    return {"pairs": len(pairs), **mean_and_error("accuracy", right(margins)), **mean_and_error("margin", margins), **more}
+    prompts = pairs.prompt_index
+    return {"pairs": len(pairs), **mean_and_error("accuracy", right(margins), prompts), **mean_and_error("margin", margins, prompts), **more}
 
 
-def mean_and_error(name: str, values) -> dict:
-    """{name: the mean, name_se: its standard error, or None where there is but one value}."""
-    return {name: values.mean().item(), name + "_se": standard_error(values.numpy()) if len(values) > 1 else None}
+def mean_and_error(name: str, values, groups=None) -> dict:
+    """{name: the mean, name_se: its `standard_error`}."""
+    return {name: values.mean().item(), name + "_se": standard_error(values.numpy(), groups)}
 
 
 def stage_ppo(options, device) -> dict:
@@ -2498,6 +2527,7 @@ def stage_ppo(options, device) -> dict:
     reward_model = open_model(options.reward, device, like=opened, scores=True)[0]
     reference, critic = copy.deepcopy(policy), with_scalar_head(policy)
     room = policy.config.block_size - options.max_new_tokens
+    ppo = PPO(options.beta, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
     if room < 1:
         raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in {policy.config.block_size} tokens")
     lines, texts = zip(*read_texts(options.data, "prompt"))
@@ -2513,7 +2543,7 @@ def stage_ppo(options, device) -> dict:
     if 2 * endless > len(sample) and process()[0] == 0:
         print(f"{options.init}: {endless} of {len(sample)} completions do not end within --max-new-tokens {options.max_new_tokens}; "
               f"the reward of such a one is {PPO.missing_eos:g} at most, in standard deviations from the mean")
-    ppo = PPO(options.beta / std, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
+    ppo = replace(ppo, beta=ppo.beta / std)                                      # its weight beside normalised rewards
     training, run = plan(options, policy, tokenizer, np.array(lines)[train], "policy.")
     training = replace(training, steps=options.steps or training.steps * ppo.epochs * (ppo.rollout // ppo.minibatch), eps=1e-5)
     reward = lambda prompts, completions: (score_completions(reward_model, prompts, completions) - mean) / std
@@ -2542,12 +2572,14 @@ def stage_sample(options, device) -> dict:
     models = [open_model(name, device) for name in options.init]
     reference, tokenizer = open_model(options.reference, device) if options.reference else models[0]
     texts, rows = [text for text in options.prompt for _ in range(options.n)], []
-    for model, own in models:
+    for name, (model, own) in zip(options.init, models):
         torch.manual_seed(options.seed)
-        ids = [encode(own, text) or [own.eot_token] for text in texts]
-        new = min(options.max_new_tokens, model.config.block_size - 1)
+        ids, block = [encode(own, text) or [own.eot_token] for text in texts], model.config.block_size
+        new = min(options.max_new_tokens, max(block - max(map(len, ids)), block // 2))         # a prompt gives way by half of the block
+        if any(len(prompt) > block - new for prompt in ids) or new < options.max_new_tokens:
+            print(f"{name}: its block of {block} tokens has room for the last {block - new} tokens of a prompt and {new} new ones")
         completions = generate(model, ids, new, options.temperature, top_k=options.top_k, top_p=options.top_p)
-        ids, rewards = [prompt[new - model.config.block_size:] for prompt in ids], [None] * len(ids)
+        ids, rewards = [prompt[new - block:] for prompt in ids], [None] * len(ids)
         if own._mergeable_ranks == tokenizer._mergeable_ranks and reference.config.block_size >= model.config.block_size:
             rewards = (options.beta * completion_logratios(model, reference, ids, completions)).tolist()
         rows.append([(decode(own, completion), reward) for completion, reward in zip(completions, rewards)])
@@ -2577,7 +2609,7 @@ OPTIONS = {                             # name: (default, help). A type: no defa
     "init+": ([], "a model; again for each further one"),
     "reference": (str, "the reference policy; else --init, the first one (eval of a reward model: leave it out)"),
     "reward": (str, "the reward model's directory"),
-    "prompt": ([], "a text to go on from; again for each further one"),
+    "prompt": ([], "a text to go on from; again for each further one. \"\" is for GPT-2's own weights, which begin behind an EOS"),
     "all": (False, "use every row: no tenth of the prompts is held out"),
     "skip-long": (False, "leave out pairs with a completion that does not fit, and count them"),
     "loss": ("dpo", f"one of {', '.join(LOSSES)}"),
@@ -2641,7 +2673,8 @@ def run_stage(options):
         dist.init_process_group("nccl" if cuda else "gloo")
     if out:
         names = {path.name.removesuffix(".part") for path in out.glob("*") if not path.match(LEFTOVER)}
-        ours = names <= OURS or "checkpoint.pt" in names                         # others may have put files beside ours
+        # a run of ours has a checkpoint, beside which others may have put files, or it had no time yet to save anything
+        ours = "checkpoint.pt" in names or names <= OURS - {"model.safetensors", "config.json"}
         if names and not options.overwrite and not (options.resume and ours):
             raise ValueError(f"{out}: " + ("holds a run already: --resume goes on with it, --overwrite begins anew" if ours else
                                            "not empty, and not a run of this program: --overwrite writes into it all the same"))

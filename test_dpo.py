@@ -535,6 +535,9 @@ def test_defaults_are_the_documented_ones():
             close(dpo.LOSSES[name](*pair, **ONE_PAIR), dpo.LOSSES[name](*pair, **ONE_PAIR, **settings), name)
         check(hyper)
         rejects(check, {key: 0.3 * value for key, value in hyper.items()})
+    for name in ("dpo", "cdpo", "robust", "ipo", "hinge", "exo", "chipo", "rpo", "minor"):
+        with pytest.raises(ValueError, match=f"{name} needs reference_chosen_logps"):
+            dpo.LOSSES[name](*pair[:2], beta=0.1)
     assert torch.equal(dpo.dpo_loss(*pair)[0], dpo.dpo_loss(*pair, beta=0.1)[0]) and dpo.PPO() == dpo.PPO(beta=0.1, clip=0.2, lam=0.95)
 
 
@@ -562,6 +565,12 @@ def test_chipo_clips_its_margin():
     zero = torch.zeros(1)                                                        # both log-ratios beyond e^40, in float32
     far = dpo.LOSSES["chipo"](zero + 51.3, zero + 43.6, zero, zero, beta=0.4, r_max=1.5)
     close(far, [-LOG_S(3)], "the clip's loss, though e^51 and e^44 are far from each other", 1e-6)
+
+    def check_equal(loss):                                                       # e^d + d - e^d - d is 0, in float32 only if like is taken from like
+        for d in (0.0, 5.0, 20.0, 30.0, 60.0):
+            close(loss(zero + d, zero + d, zero, zero, beta=0.4), [LN2], f"equal log-ratios of {d} make a tie", 1e-6)
+    check_equal(dpo.LOSSES["chipo"])
+    rejects(check_equal, lambda pc, pr, rc, rr, beta: -F.logsigmoid((beta * (pc.exp() + pc - pr.exp() - pr)).clamp(-20, 20)))
 
 
 def bandit_loss(loss, win_rates, log_ref, beta, **hyper):
@@ -987,6 +996,18 @@ def test_gpt_equals_transformers(tmp_path):
     model.save_pretrained(tmp_path / "ours")
     loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
     close(loaded(tokens).logits, model(tokens), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
+                                     {"layer_norm_epsilon": 1e-6}, {"activation_function": "gelu"}], ids=lambda setting: [*setting][0])
+def test_foreign_settings_of_gpt2_are_refused(tmp_path, setting):
+    """Weights trained under another arithmetic would give other logits here: one line instead. The usual settings pass."""
+    tiny_gpt().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for more, refused in (({"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}, False), (setting, True)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
+        with pytest.raises(ValueError, match="GPT-2") if refused else contextlib.nullcontext():
+            GPT.from_pretrained(tmp_path)
 
 
 def test_public_names_are_found_in_the_cache(tmp_path, monkeypatch):
@@ -1641,6 +1662,31 @@ def test_value_clipping_by_hand():
     rejects(check, (2.0, 1e9), (0.0, 0.2))
 
 
+def test_garbage_outside_the_mask_changes_nothing_in_ppo():
+    """NaN, infinity or a million where mask is 0, in every argument: advantages, returns, losses, their gradients and the ratio stay.
+    Rejected: losses multiplied by the mask, for 0 times infinity is NaN."""
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]])
+    numbers = [normal(2, 4, seed=seed) for seed in range(6)]
+
+    def everything(losses, junk):
+        logps, old_logps, rewards, values, old_values, returns = (x.masked_fill(mask == 0, junk).requires_grad_() for x in numbers)
+        advantages, _ = dpo.gae(rewards.detach(), old_values.detach(), mask)
+        white, grouped = dpo.whiten(advantages.masked_fill(mask == 0, junk), mask), dpo.group_advantages(rewards.detach(), mask, 2)
+        policy, value, ratio = losses(logps, old_logps.detach(), white, values, old_values.detach(), returns.detach(), mask)
+        gradients = torch.autograd.grad((policy + value).sum(), (logps, values))
+        return torch.stack([advantages, white, grouped, policy, value, ratio, *(g.masked_fill(mask == 0, 0) for g in gradients)])
+
+    def check(losses):
+        for junk in (1e6, -math.inf, math.nan):
+            close(everything(losses, junk), everything(losses, 0.0), f"{junk} outside the mask")
+
+    def multiplied(*arguments):
+        *losses, ratio = dpo.ppo_losses(*arguments[:-1], torch.ones_like(mask))
+        return *(loss * mask for loss in losses), ratio
+    check(dpo.ppo_losses)
+    rejects(check, multiplied)
+
+
 def test_reward_model_loss_is_the_labels_likelihood():
     """The first logged loss is the mean of -log s(score_w - score_l) under the first weights. Rejected: the labels turned round, scores
     twice as large."""
@@ -1875,6 +1921,24 @@ def test_efficiency():
         close(frontier.efficiency(np.full(4, kl), np.full(4, base + share * (reward - base))), share, tolerance=2e-3)
     assert abs(kl - 0.5 / 0.7 ** 2) < 0.1                                        # r normal: pi* is N(1/beta, 1), its KL 1/(2 beta^2)
     assert abs(reward - 1 / 0.7) < 0.1
+
+
+def test_standard_error_over_groups():
+    """Values 1 1 3 3 of two groups: the groups' sums of deviations are -2 and 2, and the error sqrt(2/1 * 8)/4 = 1; as if all were
+    independent it is s/sqrt(4) = 1/sqrt(3), so rows written twice cannot make it smaller. With every value its own group it is the
+    textbook's. In 2,000 draws of 40 groups of 28 values with a common part, it is the mean's spread. Rejected: groups ignored."""
+    def check(error):
+        close(error([1, 1, 3, 3], [7, 7, 2, 2]), 1.0)
+        rng = np.random.default_rng(0)
+        groups = np.repeat(np.arange(40), 28)
+        draws = rng.normal(size=(2000, 40)).repeat(28, axis=1) + rng.normal(size=(2000, 1120))
+        spread = draws.mean(1).std()                                             # known to 1.6%
+        close(np.mean([error(draw, groups) for draw in draws[:200]]) / spread, 1.0, tolerance=0.06)
+    check(dpo.standard_error)
+    rejects(check, lambda values, groups: dpo.standard_error(values))
+    values = normal(9).numpy()
+    close(dpo.standard_error(values), values.std(ddof=1) / 3), close(dpo.standard_error(values, np.arange(9)), values.std(ddof=1) / 3)
+    assert dpo.standard_error([1.0]) is None and dpo.standard_error([1.0, 2.0], [5, 5]) is None
 
 
 def test_errors_of_limit_and_efficiency():
@@ -2941,8 +3005,8 @@ PAIR = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
     (b"{", "not JSON"), (b"[1]", "object"), (b"\xff\xfe\x00", "UTF-8"), (b"\x00\x01", "not JSON"),
     (b'{"prompt": "p", "chosen": "c"}', "missing"),
     *[(PAIR.replace('"c"', value).encode(), complaint) for value, complaint in [
-        ("null", "null"), ("3", "string"), ('" "', "empty"), ("[]", "string"),
-                                                                                 (json.dumps("long " * 99), "tokens")]]], ids=repr)
+        ("null", "null"), ("3", "string"), ('" "', "empty"), ("[]", "string"), (json.dumps("a" + " " * 2 ** 20), "blanks"),
+                                                                                 (json.dumps("long " * 99), "tokens")]]], ids=lambda x: repr(x)[:60])
 def test_faults_of_data_end_before_training(world, tmp_path, capfd, line, complaint):
     """Exit code 2 and one line, path:line: what is wrong; nothing is written. For the texts of sft and the prompts of ppo too."""
     for stage in ("dpo", "rm") if b"tokens" in complaint.encode() else ("dpo", "rm", "sft", "ppo"):
@@ -2976,6 +3040,9 @@ def test_faults_of_files_and_arguments(world, tmp_path, capfd):
     (tmp_path / "t.jsonl").write_text('{"text": "quite other words"}')
     assert run("sft", "--data", tmp_path / "t.jsonl", "--out", other, *TINY_GPT) == 0
     foreign.mkdir(), (foreign / "thesis.tex").write_text("x")
+    theirs = tmp_path / "theirs"                                                 # a model without a checkpoint: there is nothing to resume
+    shutil.copytree(world / "sft", theirs, ignore=shutil.ignore_patterns("checkpoint.pt", "metrics.jsonl"))
+    before = weights(theirs)
     data, out = world / "pairs.jsonl", tmp_path / "out"
     for options, complaint in [(["--init", "gpt2"], "hf download"), (["--init", "no/such"], "no such directory"),
                                (["--init", broken], "broken"),
@@ -2983,13 +3050,14 @@ def test_faults_of_files_and_arguments(world, tmp_path, capfd):
                                (["--init", world / "sft", "--out", foreign], "--overwrite"),
                                (["--init", world / "sft", "--out", world / "rm"], "--resume"),
                                (["--init", world / "sft", "--out", world / "sft", "--overwrite"], "overwrite a model"),
+                               (["--init", world / "sft", "--out", theirs, "--resume"], "--overwrite"),
                                *((["--init", world / "sft", "--hyper", setting], f"no hyper-parameter '{setting[:-4]}'")
                                  for setting in ("label_smoothing=0.1", "beta=0.1", "chosen_lengths=0.1", "=0.1"))]:
         capfd.readouterr()
         assert run("dpo", "--data", data, "--out", out, *options) == 2
         said = capfd.readouterr().err
         assert complaint in said and said.count("\n") == 1, said
-        assert not out.exists() and [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+        assert not out.exists() and [path.name for path in foreign.iterdir()] == ["thesis.tex"] and weights(theirs) == before
     assert run("dpo", "--data", data, "--init", world / "sft", "--out", foreign, "--overwrite") == 0 and (foreign / "thesis.tex").exists()
     GPT.from_pretrained(world / "sft", n_outputs=2).save_pretrained(tmp_path / "two")
     dpo.save_tokenizer(dpo.read_tokenizer(world / "sft"), tmp_path / "two")
@@ -3240,9 +3308,9 @@ def test_both_sides_follow_the_same_prompt(tokenizer):
     rejects(check, (wide, room))
 
 
-def test_a_run_starts_from_what_it_says(world, tmp_path, capfd):
-    """A language model is no reward model; --resume notices changed starting weights; --overwrite leaves no old model beside a new
-    tokenizer; --fast is not a stage's; a bad value is one line and code 2, with nothing written."""
+def test_a_run_starts_from_what_it_says(world, tmp_path, capfd, monkeypatch):
+    """A language model is no reward model, the sizes of --init are its own; --resume notices changed starting weights; a bad value is one
+    line and code 2, with nothing written, and before anything is sampled."""
     init, out = tmp_path / "init", tmp_path / "out"
     shutil.copytree(world / "sft", init)
     ppo = "ppo", "--data", world / "prompts.jsonl", "--init", init, "--out", out
@@ -3251,8 +3319,13 @@ def test_a_run_starts_from_what_it_says(world, tmp_path, capfd):
               (*dpo_run, "--hyper", "label_smoothing=0", "--loss", "exo"),
               (*dpo_run, "--hyper", "alpha", "--loss", "unlikelihood"), (*dpo_run, "--batch-size", 10 ** 8),
               (*dpo_run, "--epochs", "1e308"),
+              (*ppo, "--reward", world / "rm", "--batch-size", 8, "--minibatch", 3),
               ("sft", "--data", world / "texts.jsonl", "--out", out, "--block-size", 1),
+              ("sft", "--data", world / "texts.jsonl", "--out", out, "--vocab-size", 100),
+              *(("sft", "--data", world / "texts.jsonl", "--out", out, "--init", init, *more)
+                for more in (("--n-layer", 3), ("--dropout", 0.1), ("--vocab-size", 300))),
               ("sft", "--data", world / "texts.jsonl", "--out", out, "--dropout", 1.5)]
+    monkeypatch.setattr(dpo, "generate", None)
     for arguments in faults:
         try:
             code = run(*arguments)
@@ -3332,6 +3405,25 @@ def test_what_we_save_loads_in_transformers(world, monkeypatch):
     close(own(tokens), model(tokens).logits, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("change", ["no regex", "merges out of order"])
+def test_tokenizers_that_cut_otherwise_are_refused(world, tmp_path, change):
+    """tokenizer.json may say that words are not cut first, or merge in another order than that of the ids; the ids would be others
+    here than in transformers. One line, and the unchanged file passes, whether its merges are pairs or "left right"."""
+    saved = json.loads((world / "sft" / "tokenizer.json").read_text("utf-8"))
+    if change == "no regex":
+        saved["pre_tokenizer"]["use_regex"] = False
+    else:
+        saved["model"]["merges"].reverse()
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        dpo.read_tokenizer(tmp_path)
+    saved = json.loads((world / "sft" / "tokenizer.json").read_text("utf-8"))
+    saved["model"]["merges"] = [" ".join(merge) for merge in saved["model"]["merges"]]
+    path.write_text(json.dumps(saved))
+    assert dpo.encode(dpo.read_tokenizer(tmp_path), TEXTS[1]) == dpo.encode(dpo.read_tokenizer(world / "sft"), TEXTS[1])
+
+
 def test_shards_and_their_tokenizers(world, tmp_path):
     """A model saved by transformers in shards, with its tokenizer as tokenizer.json, or vocab.json and merges.txt alone."""
     transformers = pytest.importorskip("transformers")
@@ -3358,6 +3450,65 @@ def test_sample_prints_side_by_side(world, capsys):
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
     assert said[0].count("the plot ...") == 2 and said[0].count("reward +0.00") == 8
+
+
+def test_sample_keeps_the_prompt(world, tmp_path, capsys):
+    """In a block of 48 tokens 48 new ones would leave nothing of a prompt: it is kept, as far as half of the block, and the limits are
+    said. Rejected: as many new tokens as fit, which answers the prompt's last token alone."""
+    torch.manual_seed(0)
+    dpo.save_tokenizer(dpo.read_tokenizer(world / "sft"), tmp_path)
+    tokenizer = dpo.read_tokenizer(tmp_path)
+    model = tiny_gpt(tokenizer.n_vocab, block_size=48)
+    model.save_pretrained(tmp_path)
+    for text in ("the plot was", "the " * 40):
+        ids = dpo.encode(tokenizer, text)
+        new = max(48 - len(ids), 24)
+
+        def check(kept):
+            assert run("sample", "--init", tmp_path, "--prompt", text, "--temperature", 0) == 0
+            said = capsys.readouterr().out
+            assert f"the last {48 - new} tokens of a prompt and {new} new ones" in said
+            assert said.endswith(f"...{dpo.decode(tokenizer, generate(model, [ids[-kept:]], new, temperature=0)[0])}\n")
+        check(48 - new)
+        rejects(check, 1)
+    assert run("sample", "--init", world / "sft", "--prompt", "the") == 0 and "block" not in capsys.readouterr().out
+
+
+def test_a_model_of_nan_is_no_tie(world, tmp_path, capfd):
+    """A model that has become NaN ranks nothing: eval, and dpo with a rate that drives it there in its last step, end with code 1 and
+    one line; metrics.jsonl has no summary, and all of it is JSON."""
+    model, tokenizer = dpo.open_model(world / "sft", "cpu")
+    model.ln_f.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "nan"), dpo.save_tokenizer(tokenizer, tmp_path / "nan")
+    data = world / "pairs.jsonl"
+    for arguments in (("eval", "--data", data, "--init", tmp_path / "nan", "--reference", world / "sft"),
+                      ("dpo", "--data", data, "--init", world / "sft", "--out", tmp_path / "out", "--learning-rate", 1e8, "--steps", 1)):
+        capfd.readouterr()
+        assert run(*arguments) == 1, arguments
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert said == "dpo.py: the model's log-probabilities or scores are not numbers: its training went astray"
+    assert all("summary" not in row for row in metrics(tmp_path / "out"))
+
+
+def test_errors_are_over_prompts(world, tmp_path):
+    """Every pair written three times: accuracy and margin stay, and so do their errors. Rejected: errors over pairs, smaller by a
+    factor near sqrt(3)."""
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    found = []
+    for times in (1, 3):
+        options = argparse_like(world)
+        options.data = write_jsonl(tmp_path / "pairs.jsonl", rows * times)
+        model, tokenizer = dpo.open_model(world / "rm", "cpu", scores=True)
+        pairs, _ = dpo.read_pairs(options, tokenizer, 64)
+
+        def errors(pairs):
+            return [dpo.compare(model, None, pairs)[name] for name in ("accuracy", "margin", "accuracy_se", "margin_se")]
+        found.append((errors(pairs), errors(dpo.replace(pairs, prompt_index=np.arange(len(pairs))))))
+
+    def check(which):
+        close(found[1][which], found[0][which], tolerance=1e-6)
+    check(0)
+    rejects(check, 1)
 
 
 def test_eval_of_the_reference_and_of_a_reward_model(world, capsys):
@@ -3462,6 +3613,7 @@ def test_demonstration_writes_what_it_promises(tmp_path, capsys, monkeypatch, pr
         assert columns <= row.keys(), (name, columns - row.keys())
         assert all(row[column] is None or math.isfinite(row[column]) for column in columns), (name, row)
         assert 0 <= row["grammatical"] <= 1 and 0 <= row["win_rate"] <= 1
+        assert ("theory_kl" in row) == (name in ("PPO-RM", "PPO-GT", "DPO")), name        # the others aim at something else
     assert all({"beta", "kl", "reward"} <= point.keys() for point in summary["frontier"]) and summary["seconds"] > 0
     assert abs(summary["checks"]["dpo_first_loss_minus_log_2"]) < 1e-6 and abs(summary["checks"]["ppo_first_ratio_minus_1"]) < 1e-6
     for figure in ("frontier.png", "training.png"):
