@@ -899,7 +899,7 @@ def test_common_beginnings_are_computed_once(monkeypatch):
     rejects(lambda _: check(), None)
 
 
-def test_attention_both_ways():
+def test_attention_both_ways(monkeypatch):
     """The formula, taken on a CPU up to 256 tokens, and PyTorch's kernel, from 257 on, give the same values and gradients; they
     agree with the definition, token by token. Rejected: a look into the future, no division by sqrt(size)."""
     def definition(q, k, v, future=False, scale=1.0):
@@ -920,6 +920,13 @@ def test_attention_both_ways():
                 close(found, expected)
         check(definition)
         rejects(check, lambda q, k, v: definition(q, k, v, scale=0.5), lambda q, k, v: definition(q, k, v, future=True))
+    for capability in ("AVX2", "AVX512"):                                        # the newest token's, on either kind of processor
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+        def check_newest(scale):
+            close(dpo.attention(q[:, :, :1], k, v), definition(q[:, :, :1], k, v, future=True, scale=scale))
+        check_newest(1.0)
+        rejects(check_newest, 0.5)
 
 
 @torch.no_grad()
@@ -1265,7 +1272,7 @@ def test_learning_rate_by_hand():
 
 def test_a_tie_is_half_right():
     """Margins 1, 0, -2 are right, undecided and wrong: 1, 1/2, 0. With beta 0 every pair is a tie."""
-    close(dpo.right(float64(1, 0, -2)), float64(1, 0.5, 0))
+    close(dpo.correct(float64(1, 0, -2)), float64(1, 0.5, 0))
     training = Training(steps=2, learning_rate=1e-2, batch_size=4)
     history = dpo.train_preferences(tiny_gpt(), tiny_gpt(), tiny_pairs(), training, beta=0.0, quiet=True)
     assert (column(history, "accuracy") == 0.5).all()
@@ -3173,12 +3180,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path, capfd, number, monk
     assert run(*command(world, "dpo", "--out", broken, "--resume", "--seed", 1)) == 2
 
 
-def test_options_of_a_stage_stand_behind_its_name(world, capsys):
+def test_options_of_a_stage_go_after_its_name(world, capsys):
     """`dpo.py --seed 3 dpo` would have trained with seed 0."""
     for first in (["--seed", "3"], ["--out", "x"], ["--fast"]):
         with pytest.raises(SystemExit) as stop:
             run(*first, *command(world, "dpo", "--out", "unused"))
-        assert stop.value.code == 2 and "behind its name" in capsys.readouterr().err
+        assert stop.value.code == 2 and "go after its name" in capsys.readouterr().err
 
 
 def test_ppo_does_not_see_a_constant_in_the_reward(world, tmp_path):
@@ -3486,7 +3493,7 @@ def test_a_model_of_nan_is_no_tie(world, tmp_path, capfd):
         capfd.readouterr()
         assert run(*arguments) == 1, arguments
         said = capfd.readouterr().err.splitlines()[-1]
-        assert said == "dpo.py: the model's log-probabilities or scores are not numbers: its training went astray"
+        assert said == "dpo.py: the model's log-probabilities or scores are not finite numbers: its training diverged"
     assert all("summary" not in row for row in metrics(tmp_path / "out"))
 
 
@@ -3716,10 +3723,10 @@ def test_readme_holds_the_sweeps_leads(sweep):
     rejects(check, 0.002)
 
 
-def test_a_scalar_head_may_stand_on_further_layers():
+def test_a_scalar_head_may_stand_on_extra_layers():
     """A copy of the layers there are, new ones above them, and 0 as output; the original keeps its own. Rejected: without copying."""
     model = tiny_gpt(11)
-    deeper = dpo.with_scalar_head(model, further_layers=1)
+    deeper = dpo.with_scalar_head(model, extra_layers=1)
     assert (len(model.h), len(deeper.h), model.config.n_layer, deeper.config.n_layer) == (2, 3, 2, 3)
     assert not deeper(torch.arange(8)[None]).any()
 
