@@ -242,12 +242,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
                 else:
                     merged.append(part)
             pieces[word] = merged
-    return byte_pair_encoding(ranks, {EOS_TEXT: len(ranks)})
-
-
-def byte_pair_encoding(ranks: dict, special_tokens: dict) -> tiktoken.Encoding:
-    """ranks: bytes of a token -> its id, which is also its turn to be merged."""
-    return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOS_TEXT: len(ranks)})
 
 
 def load_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
@@ -347,6 +342,7 @@ class Block(nn.Module):
 
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")                       # GPT-2 stores the weights of its linear layers transposed
 
 
 def find_model(name) -> Path:
@@ -441,7 +437,7 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
         output, by GPT2ForSequenceClassification). tensors: the weights to write instead of the model's own, by name."""
         directory, c = Path(directory), self.config
-        tensors = {name if name == "score.weight" else f"transformer.{name}": (value.t() if is_conv1d(name) else value).contiguous()
+        tensors = {name if name == "score.weight" else f"transformer.{name}": (value.t() if name.endswith(CONV1D) else value).contiguous()
                    for name, value in (tensors or self.state_dict()).items()}
         replace_file(directory / "model.safetensors", lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))
         write_json(directory / "config.json", {
@@ -470,7 +466,7 @@ class GPT(nn.Module):
         if (head is not None and not torch.equal(head, tensors["wte.weight"])) or epsilon != 1e-5 or not scaled:
             raise ValueError(f"{directory}: an untied head, another layer norm or scale of attention, which this GPT-2 does not have")
         # the causal masks of old checkpoints (".attn.bias") and the tied head are not parameters; "c_attn.bias" is one
-        tensors = {name: value.t().contiguous() if is_conv1d(name) else value for name, value in tensors.items()
+        tensors = {name: value.t().contiguous() if name.endswith(CONV1D) else value for name, value in tensors.items()
                    if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
         if "score.weight" in tensors:
             n_outputs = len(tensors["score.weight"])
@@ -498,11 +494,6 @@ def distinct_prefixes(tokens, keep):
     states, state = prefix.unique(return_inverse=True)
     at = torch.empty_like(states).scatter_(0, state, torch.arange(len(prefix), device=tokens.device))    # of equal places, any
     return at, state
-
-
-def is_conv1d(name: str) -> bool:
-    """GPT-2 stores the weights of its linear layers transposed (its "Conv1D")."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
 LEFTOVER = ".tmp??????"                 # what a kill leaves when it strikes while safetensors writes
@@ -586,7 +577,7 @@ def read_tokenizer(directory) -> tiktoken.Encoding:
     ids = sorted([*ranks.values(), *special.values()])
     if ids != list(range(len(ids))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ValueError(f"{directory}: its tokenizer's ids are not 0, 1, 2, ..., or a byte has none")
-    return byte_pair_encoding(ranks, special)
+    return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 # ======================================================================================================================
@@ -733,9 +724,9 @@ def completion_logps(model, prompts: list, completions: list, **options) -> torc
     return in_batches(sequence_logps, model, prompts, completions, **options)
 
 
-def completion_logratios(policy, reference, prompts: list, completions: list) -> torch.Tensor:
+def completion_logratios(policy, reference, prompts: list, completions: list, **options) -> torch.Tensor:
     """log pi(completion | prompt) - log pi_ref(completion | prompt), in nats -> (n,). Its mean over pi's own samples estimates the KL."""
-    return completion_logps(policy, prompts, completions) - completion_logps(reference, prompts, completions)
+    return completion_logps(policy, prompts, completions, **options) - completion_logps(reference, prompts, completions, **options)
 
 
 @torch.no_grad()
@@ -757,15 +748,12 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))           # rows of one batch have similar prompts
     completions = [None] * len(prompts)
-    with progress_bar(progress is not None, total=len(prompts), desc=progress, unit="text") as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start:start + batch_size]
-            batch = [prompts[i][-room:] for i in rows]
-            with mixed_precision(next(model.parameters()).device), onednn_products(model):
-                batch = _generate_batch(model, batch, max_new_tokens, temperature, top_k, top_p, stop_at_eos)
-            for i, completion in zip(rows, batch):
-                completions[i] = completion
-            bar.update(len(rows))
+    for start in progress_bar(progress is not None, range(0, len(order), batch_size), desc=progress, unit="batch"):
+        rows = order[start:start + batch_size]
+        with mixed_precision(next(model.parameters()).device), onednn_products(model):
+            batch = _generate_batch(model, [prompts[i][-room:] for i in rows], max_new_tokens, temperature, top_k, top_p, stop_at_eos)
+        for i, completion in zip(rows, batch):
+            completions[i] = completion
     return completions
 
 
@@ -774,12 +762,8 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
     row's prompt lasts, its next token is given, not sampled: so prompts of different lengths need neither left padding nor an
     attention mask."""
     config, device, B = model.config, next(model.parameters()).device, len(prompts)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    T = int(lengths.max()) + max_new_tokens
-    tokens = np.full((B, T), -1, np.int64)                                                      # -1: not known yet
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = prompt
-    tokens = torch.from_numpy(tokens).to(device)
+    tokens, known = (F.pad(x, (0, max_new_tokens)) for x in pad([[]] * B, prompts, device))     # (B, T); known: given by the prompt
+    lengths, T = known.sum(1), tokens.shape[1]
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
     cache = torch.empty(config.n_layer, 2, B, T, config.n_head, config.n_embd // config.n_head, device=device,
@@ -790,12 +774,12 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
         last = torch.zeros_like(new, dtype=torch.bool)
         last[:, -1] = True
         logits = model(new, keep=last, cache=cache, start=t - new.shape[1])                     # (rows, V)
-        given = tokens[rows, t]
-        token = torch.where(given >= 0, given, sample_from(logits.float(), temperature, top_k, top_p))
+        given = known[rows, t]
+        token = torch.where(given, tokens[rows, t], sample_from(logits.float(), temperature, top_k, top_p))
         tokens[rows, t] = token
         t += 1
         if stop_at_eos:                                         # rows that have ended stay a while and sample on, unread
-            ended = (given < 0) & (token == config.eos_token_id) & (ends[rows] > t)
+            ended = ~given & (token == config.eos_token_id) & (ends[rows] > t)
             ends[rows[ended]] = t
         running = ends[rows] > t
         if not running.any():
@@ -807,8 +791,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
             cache = cache[:, :, :len(left)]                     # the same memory
             cache[:, :, :, :t - 1] = so_far
         new = token[:, None]
-    tokens = tokens.cpu()
-    return [tokens[i, start:end].tolist() for i, (start, end) in enumerate(zip(lengths.tolist(), ends.tolist()))]
+    return [row[start:end] for row, start, end in zip(tokens.tolist(), lengths.tolist(), ends.tolist())]
 
 
 def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -886,9 +869,8 @@ class Run:
         """Put everything into the saved state; of metrics.jsonl keep the steps that it has seen -> the first step to take."""
         if saved:
             for number, state in saved["optimizer"]["state"].items():
-                if hasattr(parameters[number], "full_tensor"):                   # cut the moments as FSDP2 has cut their parameter
-                    mesh, placements = parameters[number].device_mesh, parameters[number].placements
-                    state.update({name: dist.tensor.distribute_tensor(value, mesh, placements)
+                if hasattr(own := parameters[number], "full_tensor"):            # cut the moments as FSDP2 has cut their parameter
+                    state.update({name: dist.tensor.distribute_tensor(value, own.device_mesh, own.placements)
                                   for name, value in state.items() if value.dim()})
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
@@ -1037,21 +1019,16 @@ class LossOf(nn.Module):
 
 
 def distribute(model, loss, run: Run):
-    """loss(model, .) as a module that maps a batch to its loss, for one process, DDP or FSDP2."""
+    """loss(model, .) as a module that maps a batch to its loss. By DDP each process has a copy of the model, by FSDP2 a part of it."""
     gpts = [module for module in model.modules() if isinstance(module, GPT)]
-    if run.compile:
-        for gpt in gpts:
-            gpt.compile(dynamic=True)
-    if process()[1] == 1:
-        return LossOf(model, loss)
-    if not run.fsdp:
-        return nn.parallel.DistributedDataParallel(LossOf(model, loss))          # each process has a copy
-    from torch.distributed.fsdp import fully_shard                               # here, because it takes a second to load
-    for gpt in gpts:                                                             # each process has a part of every layer
-        for block in gpt.h:
-            fully_shard(block)
-        fully_shard(gpt, reshard_after_forward=True)
-    return LossOf(model, loss)
+    for gpt in gpts if run.compile else ():
+        gpt.compile(dynamic=True)
+    if process()[1] > 1 and run.fsdp:
+        from torch.distributed.fsdp import fully_shard                           # here, because it takes a second to load
+        for part in [part for gpt in gpts for part in (*gpt.h, gpt)]:            # layer by layer, then what is left
+            fully_shard(part, reshard_after_forward=True)
+    losses = LossOf(model, loss)
+    return losses if process()[1] == 1 or run.fsdp else nn.parallel.DistributedDataParallel(losses)
 
 
 def whole(value):
@@ -1065,14 +1042,13 @@ def whole(value):
 @contextlib.contextmanager
 def stop_signals(active: bool):
     """Yield a list that fills on a stop signal (Ctrl-C, or a cluster's SIGTERM); a second time ends at once."""
-    said, before = [], {}
+    said = []
 
     def note(number, frame):
         said.append(number)
         signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if active}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM) if active else ():
-            before[number] = signal.signal(number, note)
         yield said
     finally:
         for number, handler in before.items():
@@ -1105,15 +1081,14 @@ def train_sft(model, texts: list, training: Training, run: Run | None = None, **
     """Supervised fine-tuning: maximise log pi(text). texts: lists of ids, EOS last; every token but the first is scored."""
     device, rows = next(model.parameters()).device, shuffled(len(texts), training)
 
-    def batches(step):
-        parts = micro_batches_of(rows(step), training)
-        padded = [pad([[]] * len(part), [texts[i] for i in part], device) for part in parts]
-        return [{"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum()), "data": part}
-                for part, (tokens, mask) in zip(parts, padded)]
+    def batch(part):
+        tokens, mask = pad([[]] * len(part), [texts[i] for i in part], device)
+        return {"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum()), "data": part}
 
     def loss(model, batch):
         return -sequence_logps(model, batch["tokens"], batch["mask"]).sum(), {}
-    return fit("SFT", model, batches, loss, training, dropout=True, run=run, **options)
+    return fit("SFT", model, lambda step: [batch(part) for part in micro_batches_of(rows(step), training)], loss, training, dropout=True,
+               run=run, **options)
 
 
 # ======================================================================================================================
@@ -1204,10 +1179,9 @@ def read_jsonl(path):
                 continue
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}:{number}: not UTF-8 text") from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
+                fault = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"not JSON: {getattr(error, 'msg', error)}"
+                raise ValueError(f"{path}:{number}: {fault}") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{path}:{number}: expected an object with named fields, found {type(record).__name__}")
             yield number, record
@@ -1457,43 +1431,16 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
 # ======================================================================================================================
 # Each takes four (B,) vectors of summed log-probs and returns (B,). pc, pr: the policy's, of the chosen and of the rejected
 # completion; rc, rr: the reference's. So d_w = pc - rc, d_l = pr - rr and h = d_w - d_l, as in section 8. In the comments
-# eps = label_smoothing and |y| is the number of tokens. Where beta is not DPO's, it is said.
+# eps = label_smoothing and |y| is the number of tokens. Where beta is not DPO's, it is said. Three need more than a line; they come
+# first, their equations are in the table.
 
 
-def _dpo(pc, pr, rc, rr, *, beta, **_):
-    # -log s(beta h)                                          beta: weight of the KL                     [2305.18290 Eq 7]
-    return dpo_loss(pc, pr, rc, rr, beta)[0]
-
-
-def _cdpo(pc, pr, rc, rr, *, beta, label_smoothing=0.1, **_):
-    # -(1-eps) log s(beta h) - eps log s(-beta h)         least where s(beta h) = 1-eps     [E. Mitchell, note on cDPO, 2023]
-    return dpo_loss(pc, pr, rc, rr, beta, label_smoothing)[0]
-
-
-def _robust(pc, pr, rc, rr, *, beta, label_smoothing=0.1, **_):
-    # [-(1-eps) log s(beta h) + eps log s(-beta h)] / (1-2 eps)   unbiased if a share eps of the labels is flipped; no minimum
-    h = (pc - rc) - (pr - rr)                                   #                                         [2403.00409]
-    return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (1 - 2 * label_smoothing)
-
-
-def _ipo(pc, pr, rc, rr, *, beta, **_):
-    # (h - 1/(2 tau))^2                                       beta is tau; h of sums over tokens, as in the paper  [2310.12036 Eq 17]
-    return ((pc - rc) - (pr - rr) - 1 / (2 * beta)).square()
-
-
-def _hinge(pc, pr, rc, rr, *, beta, **_):
-    # max(0, 1 - beta h)                                      SLiC's hinge on DPO's margin, as RSO has it  [2309.06657]
-    return F.relu(1 - beta * ((pc - rc) - (pr - rr)))
-
-
-def _exo(pc, pr, rc, rr, *, beta, label_smoothing=1e-3, **_):
-    # KL( (q, 1-q) || (1-eps, eps) ),  q = s(beta h)          the reverse KL: seeks modes; needs eps > 0  [2402.00856 Eq 16]
+def _exo(pc, pr, rc, rr, beta, label_smoothing=1e-3):
     z, eps = beta * ((pc - rc) - (pr - rr)), label_smoothing
     return z.sigmoid() * (F.logsigmoid(z) - math.log(1 - eps)) + (-z).sigmoid() * (F.logsigmoid(-z) - math.log(eps))
 
 
-def _chipo(pc, pr, rc, rr, *, beta, r_max=10.0, **_):
-    # -log s( clip_{+-2R}[ beta phi(e^{d_w}) - beta phi(e^{d_l}) ] ),  phi(z) = z + log z          [2407.13399]
+def _chipo(pc, pr, rc, rr, beta, r_max=10.0):
     # above e^40 both exponentials are scaled down, or float32 would overflow: the clip leaves little more than the sign there
     d_w, d_l = pc - rc, pr - rr
     far = F.relu(torch.maximum(d_w, d_l) - 40).detach()
@@ -1502,19 +1449,7 @@ def _chipo(pc, pr, rc, rr, *, beta, r_max=10.0, **_):
     return -F.logsigmoid((beta * difference).clamp(-2 * r_max, 2 * r_max))
 
 
-def _rpo(pc, pr, rc, rr, *, beta, eta=0.005, **_):
-    # -log s(beta h) - eta beta log pi(y_w)                   the SFT term guards against over-optimising  [2405.16436]
-    return dpo_loss(pc, pr, rc, rr, beta)[0] - eta * beta * pc
-
-
-def _minor(pc, pr, rc, rr, *, beta, **_):
-    # -log s( beta (d_w - max(0, d_l)) )                      no push down once below the reference        [2408.09834]
-    return -F.logsigmoid(beta * ((pc - rc) - F.relu(pr - rr)))
-
-
-def _orpo(pc, pr, rc=None, rr=None, *, beta=0.1, chosen_lengths, rejected_lengths, lam=None, **_):
-    # -log P_w - lam log s( log odds_w - log odds_l ),  odds = P/(1-P),  log P = log pi(y) / |y|           [2403.07691]
-    # no reference; beta is only the default of lam, the weight of the odds term
+def _orpo(pc, pr, beta, chosen_lengths, rejected_lengths, lam=None):
     def log_odds(logp):                                       # log P - log(1-P), by expm1 or log1p, whichever keeps the digits
         logp = logp.clamp(max=-1e-6)                          # P = 1 has infinite odds
         near_one = logp > -0.6931                             # the last clamp keeps the branch not taken finite, or its gradient is NaN
@@ -1523,19 +1458,36 @@ def _orpo(pc, pr, rc=None, rr=None, *, beta=0.1, chosen_lengths, rejected_length
     return -logp_w - (beta if lam is None else lam) * F.logsigmoid(log_odds(logp_w) - log_odds(logp_l))
 
 
-def _simpo(pc, pr, rc=None, rr=None, *, beta, chosen_lengths, rejected_lengths, gamma=0.5, **_):
+FORMULAS = {
+    # -log s(beta h)                                          beta: weight of the KL                     [2305.18290 Eq 7]
+    "dpo": lambda pc, pr, rc, rr, beta: dpo_loss(pc, pr, rc, rr, beta)[0],
+    # -(1-eps) log s(beta h) - eps log s(-beta h)         least where s(beta h) = 1-eps     [E. Mitchell, note on cDPO, 2023]
+    "cdpo": lambda pc, pr, rc, rr, beta, label_smoothing=0.1: dpo_loss(pc, pr, rc, rr, beta, label_smoothing)[0],
+    # [-(1-eps) log s(beta h) + eps log s(-beta h)] / (1-2 eps)   unbiased if a share eps of the labels is flipped; no minimum [2403.00409]
+    "robust": lambda pc, pr, rc, rr, beta, label_smoothing=0.1: (
+        (1 - label_smoothing) * dpo_loss(pc, pr, rc, rr, beta)[0]
+        - label_smoothing * dpo_loss(pr, pc, rr, rc, beta)[0]) / (1 - 2 * label_smoothing),
+    # (h - 1/(2 tau))^2                                       beta is tau; h of sums over tokens, as in the paper  [2310.12036 Eq 17]
+    "ipo": lambda pc, pr, rc, rr, beta: ((pc - rc) - (pr - rr) - 1 / (2 * beta)).square(),
+    # max(0, 1 - beta h)                                      SLiC's hinge on DPO's margin, as RSO has it  [2309.06657]
+    "hinge": lambda pc, pr, rc, rr, beta: F.relu(1 - beta * ((pc - rc) - (pr - rr))),
+    # KL( (q, 1-q) || (1-eps, eps) ),  q = s(beta h)          the reverse KL: seeks modes; needs eps > 0  [2402.00856 Eq 16]
+    "exo": _exo,
+    # -log s( clip_{+-2R}[ beta phi(e^{d_w}) - beta phi(e^{d_l}) ] ),  phi(z) = z + log z          [2407.13399]
+    "chipo": _chipo,
+    # -log s(beta h) - eta beta log pi(y_w)                   the SFT term guards against over-optimising  [2405.16436]
+    "rpo": lambda pc, pr, rc, rr, beta, eta=0.005: dpo_loss(pc, pr, rc, rr, beta)[0] - eta * beta * pc,
+    # -log s( beta (d_w - max(0, d_l)) )                      no push down once below the reference        [2408.09834]
+    "minor": lambda pc, pr, rc, rr, beta: -F.logsigmoid(beta * ((pc - rc) - F.relu(pr - rr))),
+    # -log P_w - lam log s( log odds_w - log odds_l ),  odds = P/(1-P),  log P = log pi(y) / |y|           [2403.07691]
+    "orpo": _orpo,                                            # no reference; beta is only the default of lam, the weight of the odds term
     # -log s( beta/|y_w| log pi_w - beta/|y_l| log pi_l - gamma )   no reference; beta 2 to 10 is a scale  [2405.14734]
-    return -F.logsigmoid(beta * (pc / chosen_lengths - pr / rejected_lengths) - gamma)
-
-
-def _unlikelihood(pc, pr, rc=None, rr=None, *, alpha=0.1, **_):
+    "simpo": lambda pc, pr, beta, chosen_lengths, rejected_lengths, gamma=0.5: (
+        -F.logsigmoid(beta * (pc / chosen_lengths - pr / rejected_lengths) - gamma)),
     # -log pi(y_w) + alpha log pi(y_l)                        no weight, no bound: see (6); no beta [2305.18290 App C.3]
-    return -pc + alpha * pr
-
-
-def _sft(pc, pr=None, rc=None, rr=None, **_):
+    "unlikelihood": lambda pc, pr, alpha=0.1: -pc + alpha * pr,
     # -log pi(y_w)                                            Preferred-FT: imitate the chosen; no beta [2305.18290 s. 6]
-    return -pc
+    "sft": lambda pc: -pc}
 
 
 def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
@@ -1562,32 +1514,29 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
     return ((losses * c).sum(1) / c.sum(1)).mean()                                              # 5. sum l_t c_t / sum c_t
 
 
-def by_name(formula):
+def by_name(name: str, formula):
     """`formula` under the full names of its arguments; a hyper-parameter that it does not have is a TypeError, not ignored, and a
     label_smoothing that it cannot take a ValueError."""
-    name = formula.__name__[1:]
-    parameters = inspect.signature(formula).parameters
-    accepted = parameters.keys() - {"pc", "pr", "rc", "rr", "beta", "_", "chosen_lengths", "rejected_lengths"}
-    has_reference = parameters["rc"].default is inspect.Parameter.empty
+    takes = inspect.signature(formula).parameters.keys()
 
     def loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps=None, reference_rejected_logps=None, *, beta=0.1,
              chosen_lengths=None, rejected_lengths=None, **hyper):
-        if unknown := hyper.keys() - accepted:
+        given = {"pc": policy_chosen_logps, "pr": policy_rejected_logps, "rc": reference_chosen_logps, "rr": reference_rejected_logps,
+                 "beta": beta, "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+        if unknown := hyper.keys() - (takes - given.keys()):
             raise TypeError(f"{name} has no hyper-parameter {', '.join(sorted(unknown))}")
-        if name in ("orpo", "simpo") and (chosen_lengths is None or rejected_lengths is None):
+        if "chosen_lengths" in takes and (chosen_lengths is None or rejected_lengths is None):
             raise ValueError(f"{name} needs chosen_lengths and rejected_lengths")
-        if has_reference and (reference_chosen_logps is None or reference_rejected_logps is None):
+        if "rc" in takes and (reference_chosen_logps is None or reference_rejected_logps is None):
             raise ValueError(f"{name} needs reference_chosen_logps and reference_rejected_logps")
         smoothing = hyper.get("label_smoothing", 0.1)                            # where none is given, every loss's own is in range
         if not 0 <= smoothing < 0.5 or name == "exo" and smoothing == 0:
             raise ValueError(f"{name} takes a label_smoothing {'above' if name == 'exo' else 'from'} 0 and below 0.5, not {smoothing}")
-        return formula(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=beta,
-                       chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **hyper)
+        return formula(**{key: value for key, value in given.items() if key in takes}, **hyper)
     return loss
 
 
-LOSSES = {formula.__name__[1:]: by_name(formula) for formula in (
-    _dpo, _cdpo, _robust, _ipo, _hinge, _exo, _chipo, _rpo, _minor, _orpo, _simpo, _unlikelihood, _sft)}
+LOSSES = {name: by_name(name, formula) for name, formula in FORMULAS.items()}
 
 
 # ======================================================================================================================
@@ -1891,6 +1840,11 @@ def standard_error(values, groups=None) -> float | None:
     return math.sqrt(len(sums) / (len(sums) - 1) * (sums @ sums)) / len(values) if len(sums) > 1 else None
 
 
+def mean_and_error(name: str, values, groups=None) -> dict:
+    """{name: the mean, name_se: its `standard_error`}."""
+    return {name: float(np.mean(np.asarray(values))), name + "_se": standard_error(np.asarray(values), groups)}
+
+
 def judge(tokenizer, prompts: list, completions: list) -> dict:
     """The truth about completions. prompts: P pairs (prompt, reference completion); completions: P*S lists of ids, S of each
     prompt in a row. Returns (P,S) arrays: gold reward; win, whether it beats the reference completion (a tie is half a win);
@@ -1916,11 +1870,9 @@ def summarise(frontier: Frontier, kl, judged: dict, **more) -> dict:
         efficiency = float(frontier.efficiency(kl, reward))
         draws = [rng.integers(len(kl), size=len(kl)) for _ in range(200)]
         efficiency_se = float(np.std([frontier.efficiency(kl, reward, draw) for draw in draws]))
-    return {"reward": float(reward.mean()), "reward_se": standard_error(reward),
-            "gain": float(gain.mean()), "gain_se": standard_error(gain),         # over the reference, on the same prompts
-            "kl": float(kl.mean()), "kl_se": standard_error(kl), "efficiency": efficiency, "efficiency_se": efficiency_se,
-            "win_rate": float(judged["win"].mean()), "grammatical": float(judged["grammatical"].mean()),
-            "length": float(judged["length"].mean()), **more}
+    return {**mean_and_error("reward", reward), **mean_and_error("gain", gain), **mean_and_error("kl", kl),      # gain: over the reference
+            "efficiency": efficiency, "efficiency_se": efficiency_se, "win_rate": float(judged["win"].mean()),
+            "grammatical": float(judged["grammatical"].mean()), "length": float(judged["length"].mean()), **more}
 
 
 def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, samples: int, max_new_tokens: int, progress=None):
@@ -2258,7 +2210,7 @@ def over_seeds(methods: dict) -> dict:
             if row[key] is not None and not key.endswith("_se"):
                 values[name.rsplit(" seed=", 1)[0], key].append(row[key])
     for (setting, key), numbers in values.items():
-        means[setting] |= {key: float(np.mean(numbers)), key + "_se": standard_error(numbers)}
+        means[setting] |= mean_and_error(key, numbers)
     return means
 
 
@@ -2385,12 +2337,12 @@ def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tu
         raise ValueError(reason if known else f"{directory}: not a model that can be read: {reason}") from None
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
-    if scores and (model.score is None or model.score.out_features != 1):
-        raise ValueError(f"{directory}: not a reward model, which has one trained output (eval of a language model needs --reference)")
-    if n_outputs and model.score.out_features != n_outputs:
-        raise ValueError(f"{directory}: its trained head has {model.score.out_features} outputs, not {n_outputs}")
-    if not scores and n_outputs is None and model.score is not None:
-        raise ValueError(f"{directory}: a reward model, where a language model is needed")
+    outputs = None if model.score is None else model.score.out_features
+    if outputs != (1 if scores else n_outputs):
+        raise ValueError(f"{directory}: " + (
+            "not a reward model, which has one trained output (eval of a language model needs --reference)" if scores else
+            f"its trained head has {outputs} outputs, not {n_outputs}" if n_outputs else
+            "a reward model, where a language model is needed"))
     if like and tokenizer._mergeable_ranks != like[1]._mergeable_ranks:
         raise ValueError(f"{directory}: its vocabulary of {tokenizer.n_vocab} tokens is not that of --init, of {like[1].n_vocab}")
     if like and model.config.block_size < like[0].config.block_size:
@@ -2430,6 +2382,7 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
     # these may change before a run is resumed, but not what the files hold
     free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile", "micro_batch", "data", "init", "reference", "reward")
     settings = {name: str(value) for name, value in vars(options).items() if name not in free}
+    checksum = lambda path: zlib.crc32(np.memmap(path, np.uint8, "r"))           # CRC-32: has the file changed since the checkpoint?
     settings["checksum of the data"] = checksum(options.data)
     for name in ("init", "reference", "reward"):
         if getattr(options, name, None):
@@ -2443,19 +2396,13 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
         options.out, settings, export, tokenizer, lines, options.save_every, options.resume, options.fsdp, options.compile)
 
 
-def checksum(path) -> int:
-    """CRC-32 of a file: has it changed since the checkpoint?"""
-    return zlib.crc32(np.memmap(path, np.uint8, "r"))
-
-
 def stage_sft(options, device) -> dict:
     """`sft`: fit a language model to texts, from scratch or from --init -> the summary's numbers."""
     if options.init:
         model, tokenizer = open_model(options.init, device)
-        given = [name for name in ("vocab-size", "block-size", "n-layer", "n-head", "n-embd", "dropout")
-                 if getattr(options, name.replace("-", "_")) != OPTIONS[name][0]]
-        if given:
-            raise ValueError(f"--{given[0]} is for a model from scratch; that of --init has its own")
+        for name in ("vocab-size", "block-size", "n-layer", "n-head", "n-embd", "dropout"):
+            if getattr(options, name.replace("-", "_")) != OPTIONS[name][0]:
+                raise ValueError(f"--{name} is for a model from scratch; that of --init has its own")
     else:
         if options.vocab_size < 257:
             raise ValueError(f"--vocab-size {options.vocab_size}: 257 at least, the 256 bytes and {EOS_TEXT}")
@@ -2463,22 +2410,18 @@ def stage_sft(options, device) -> dict:
         tokenizer = train_tokenizer(sample, options.vocab_size)
         model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd,
                               options.dropout)).to(device)
-    texts, lines, rest, rest_lines = Rows(tokenizer.n_vocab), array("q"), Rows(tokenizer.n_vocab), array("q")
     size, seen, n, cut = model.config.block_size, set(), 0, 0
+    sides = [(Rows(tokenizer.n_vocab), array("q")) for _ in range(2)]            # pieces and their lines: to train on, held out
     for line, text in read_texts(options.data, "text"):
         ids = [*encode(tokenizer, text), tokenizer.eot_token]
-        pieces = [ids[start:start + size] for start in range(0, len(ids), size)]
-        if len(pieces[-1]) == 1:                                                 # the last piece is EOS alone: give it its predecessor
-            pieces[-2:] = pieces[-2][:-1], pieces[-2][-1:] + pieces[-1]
-        pieces = [piece for piece in pieces if len(piece) > 1]
+        starts = [min(start, len(ids) - 2) for start in range(0, len(ids), size)]              # EOS alone has nothing to predict it
+        pieces = [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)]) if b - a > 1]
         n, cut = n + 1, cut + (len(pieces) > 1)
         seen.add(hash(text))
+        texts, lines = sides[is_held_out(text) and not options.all]
         for piece in pieces:
-            side, numbers = (rest, rest_lines) if is_held_out(text) and not options.all else (texts, lines)
-            side.append(piece)
-            numbers.append(line)
-    if not len(texts):                                                           # a split would leave none to train on
-        texts, lines, rest = rest, rest_lines, []
+            texts.append(piece), lines.append(line)
+    (texts, lines), (rest, _) = sides if len(sides[0][0]) else sides[::-1]       # a split would leave none to train on
     report(options.data, len(texts) + len(rest), {"texts longer than the block, cut into pieces": cut, "rows held out": len(rest),
                                                   "duplicates": n - len(seen)})
     train_sft(model, texts, *plan(options, model, tokenizer, lines))
@@ -2529,22 +2472,18 @@ def stage_rm(options, device) -> dict:
 def compare(model, reference, pairs: Pairs, beta=None) -> dict:
     """Accuracy and margin, with standard errors over prompts, of the rewards that a reward model gives, or that a policy implies: the
     latter are beta log(pi/pi_ref) for every --loss, and "loss" is the DPO loss that they give."""
-    more = {}
-    if model.score is not None:
-        rewards = score_completions(model, pairs.prompts, pairs.completions, rows=pairs.rows())            # (R,)
-        margins = rewards[pairs.chosen] - rewards[pairs.rejected]                                         # (N,)
+    if model.score is None:
+        rewards = beta * completion_logratios(model, reference, pairs.prompts, pairs.completions, rows=pairs.rows())       # (R,)
     else:
-        logps, ref = (completion_logps(m, pairs.prompts, pairs.completions, rows=pairs.rows()) for m in (model, reference))     # (R,)
-        losses, chosen, rejected = dpo_loss(logps[pairs.chosen], logps[pairs.rejected], ref[pairs.chosen], ref[pairs.rejected], beta)
-        margins, more = chosen - rejected, {"loss": losses.mean().item(), "chosen_reward": chosen.mean().item(),
-                                            "rejected_reward": rejected.mean().item()}
-    return {"pairs": len(pairs), **mean_and_error("accuracy", correct(margins), pairs.prompt_index),
-            **mean_and_error("margin", margins, pairs.prompt_index), **more}
-
-
-def mean_and_error(name: str, values, groups=None) -> dict:
-    """{name: the mean, name_se: its `standard_error`}."""
-    return {name: values.mean().item(), name + "_se": standard_error(values.numpy(), groups)}
+        rewards = score_completions(model, pairs.prompts, pairs.completions, rows=pairs.rows())                            # (R,)
+    chosen, rejected = rewards[pairs.chosen], rewards[pairs.rejected]                                                      # (N,)
+    margins = chosen - rejected
+    found = {"pairs": len(pairs), **mean_and_error("accuracy", correct(margins), pairs.prompt_index),
+             **mean_and_error("margin", margins, pairs.prompt_index)}
+    if model.score is None:
+        found |= {"loss": -F.logsigmoid(margins).mean().item(),
+                  "chosen_reward": chosen.mean().item(), "rejected_reward": rejected.mean().item()}
+    return found
 
 
 def stage_ppo(options, device) -> dict:
@@ -2605,14 +2544,12 @@ def stage_sample(options, device) -> dict:
         if any(len(prompt) > block - new for prompt in ids) or new < options.max_new_tokens:
             print(f"{name}: its block of {block} tokens has room for the last {block - new} tokens of a prompt and {new} new ones")
         completions = generate(model, ids, new, options.temperature, top_k=options.top_k, top_p=options.top_p)
-        ids, rewards = [prompt[new - block:] for prompt in ids], [None] * len(ids)
+        ids, rewards = [prompt[new - block:] for prompt in ids], ["-"] * len(ids)
         if own._mergeable_ranks == tokenizer._mergeable_ranks and reference.config.block_size >= model.config.block_size:
-            rewards = (options.beta * completion_logratios(model, reference, ids, completions)).tolist()
-        rows.append([(decode(own, completion), reward) for completion, reward in zip(completions, rewards)])
+            rewards = [f"{options.beta * ratio:+.2f}" for ratio in completion_logratios(model, reference, ids, completions)]
+        rows.append([f"  {name}  reward {reward}  ...{decode(own, completion)}" for completion, reward in zip(completions, rewards)])
     for text, row in zip(texts, zip(*rows)):
-        print(f"\n{text} ...")
-        for name, (completion, reward) in zip(options.init, row):
-            print(f"  {name}  reward {'-' if reward is None else format(reward, '+.2f')}  ...{completion}")
+        print(f"\n{text} ...", *row, sep="\n")
     return {}
 
 
