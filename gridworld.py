@@ -1,9 +1,10 @@
 """Frozen Lake, where every method meets the exact answer.
 
-A language model is too large to know its best policy; a gridworld is not. Here the optimum of
+A language model is too large for its best policy to be computed; a gridworld is not. Here the optimum of
     max_pi  E[R] - beta KL(pi || pi_ref)                                                       (DPO paper, Eq 3)
-is computed exactly, and DPO and its relatives are measured against it. A start cell plays the prompt, an action a token,
-an episode a completion, and reaching the goal the reward. Every policy is scored exactly, those that learnt from samples too.
+is computed exactly, and DPO and its relatives are measured against it. The start cell plays the part of the prompt, an action
+that of a token, an episode that of a completion; the reward is for reaching the goal. Every policy is scored exactly, even one
+that was learnt from samples.
 
     python gridworld.py                              the table of methods and the figures in out/, half a minute on one core
     python gridworld.py --slip 0.2                   the same on slippery ice, where DPO misses the optimum
@@ -12,8 +13,8 @@ an episode a completion, and reaching the goal the reward. Every policy is score
 Contents: 1 the lake · 2 policies and their exact worth · 3 the soft optimum · 4 trajectories · 5 DPO on infinite data ·
 6 DPO on n pairs · 7 slippery ice · 8 the methods · 9 the IFT experiment · 10 failures · 11 figures · 12 the command line.
 
-Symbols: S cells, A = 4 actions (left, down, right, up), H the horizon, t the step. A policy is an array (H,S,A): it sees the
-step, for the best action depends on how many are left. R is the return of a trajectory tau = (s_0, a_0, s_1, ...),
+Symbols: S cells, A = 4 actions (left, down, right, up), H the horizon, t the step. A policy is an array (H,S,A): it knows the
+step, because the best action depends on how many steps are left. R is the return of a trajectory tau = (s_0, a_0, s_1, ...),
 d(tau) = log pi(tau)/pi_ref(tau) its log-ratio (the dynamics cancel, so it is a sum over steps), h = d_w - d_l a pair's margin,
 s the logistic sigmoid.
 """
@@ -37,15 +38,15 @@ MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))                                   # (
 
 
 # === 1. The lake ======================================================================================================
-# The world is a table of probabilities. On deterministic ice an action does what it says; on slippery ice it may slide to
+# The world is a table of probabilities. On deterministic ice every step goes as intended; on slippery ice it may slide off to
 # either side, and that is all it takes to break DPO (section 7).
 
 class FrozenLake:
     """A gridworld of ice: S start, F frozen, H hole, G goal. Entering G pays 1; G and H end the episode.
 
-    map_name: "4x4", "8x8", or rows of text (a list, or one string with "/" or newlines). slip: the chance of not going where one
-    meant to; each perpendicular direction gets slip/2 (gymnasium's slippery lake is slip = 2/3). horizon: steps in an
-    episode; by default the fewest that reach the goal.
+    map_name: "4x4", "8x8", or rows of text (a list, or one string with "/" or newlines). slip: the chance that a step
+    does not go as intended; each perpendicular direction gets slip/2 (gymnasium's slippery lake is slip = 2/3). horizon: the
+    most steps an episode may take; by default the fewest that reach the goal.
     P (S,A,S): transition probabilities; terminal (S,) bool; reward (S,): paid on *entering* a cell; start: a cell's index.
     Raises ValueError for a bad map, slip or horizon.
     """
@@ -53,22 +54,24 @@ class FrozenLake:
     def __init__(self, map_name="4x4", slip=0.0, horizon=None):
         if not (isinstance(slip, Real) and 0 <= slip <= 1):
             raise ValueError(f"slip is a probability in [0, 1], not {slip!r}")
-        self.rows, self.slip, self.deterministic = check_map(map_name), float(slip), slip == 0
-        self.shape = height, width = len(self.rows), len(self.rows[0])
+        self.rows = check_map(map_name)
+        self.slip, self.deterministic = float(slip), slip == 0
+        height, width = len(self.rows), len(self.rows[0])
+        self.shape = height, width
         letters = np.array(list("".join(self.rows)))
         cells = np.arange(len(letters))
         self.start = int(cells[letters == "S"][0])
         self.terminal, self.reward = np.isin(letters, ["G", "H"]), (letters == "G").astype(float)
-        # where each direction leads (S,A): against the edge one stays; from a terminal cell nothing leads away
+        # where each direction leads (S,A): a step over the edge goes nowhere, and no step leaves a terminal cell
         row, column = np.divmod(cells, width)
         moved = [(row + dy).clip(0, height - 1) * width + (column + dx).clip(0, width - 1) for dy, dx in MOVES]
         self.intended = np.where(self.terminal[:, None], cells[:, None], np.stack(moved, -1))
-        # the outcomes of an action: as meant, and its two neighbours in the circle left-down-right-up   (S,A,3)
+        # the outcomes of an action: the intended one, and those of its two neighbours in the circle left-down-right-up   (S,A,3)
         outcomes = np.stack([self.intended, np.roll(self.intended, 1, 1), np.roll(self.intended, -1, 1)], -1)
         chance = np.array([1 - self.slip, self.slip / 2, self.slip / 2])
-        self.next, self.chance = outcomes[:, :, chance > 0], chance[chance > 0]
+        self.next, self.chance = outcomes[:, :, chance > 0], chance[chance > 0]             # (S,A,O) and (O,): the O that can happen
         self.P = (np.eye(len(cells))[self.next] * self.chance[:, None]).sum(2)
-        # the fewest steps from each cell to the goal
+        # the fewest steps from each cell to the goal; a shortest way enters no cell twice, so S sweeps find them all
         self.distance = np.where(letters == "G", 0.0, np.inf)
         for _ in cells:
             self.distance = np.where(self.terminal, self.distance, 1 + self.distance[self.intended].min(1))
@@ -83,7 +86,9 @@ class FrozenLake:
 
 def check_map(map_name):
     """The rows of a map, or ValueError saying what is wrong with it."""
-    rows = (MAPS.get(map_name) or map_name.replace("/", " ").split()) if isinstance(map_name, str) else map_name
+    rows = map_name
+    if isinstance(map_name, str):
+        rows = MAPS.get(map_name) or map_name.replace("/", " ").split()
     if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, str) and row for row in rows):
         raise ValueError(f'a map is "4x4", "8x8" or rows of text, not {map_name!r}')
     letters = "".join(rows)
@@ -100,8 +105,8 @@ def check_map(map_name):
 
 
 # === 2. Policies and their exact worth ================================================================================
-# Everything that the table reports is a sum over trajectories, done here by sweeps over the steps: backwards for what is still
-# to come, forwards for where one stands. No figure of the table is a Monte-Carlo estimate.
+# What the table reports of a policy is exact: sums over all trajectories are computed by sweeps over the steps, backwards for
+# what is still to come, forwards for where the walker is. No number in it is a Monte-Carlo estimate.
 
 def check(lake, reference, beta):
     """The reference as float64 (H,S,A), or ValueError. Zeros are refused: where pi_ref is 0, log pi/pi_ref has no value."""
@@ -126,21 +131,22 @@ def uniform_policy(lake):
 
 
 def walker_policy(lake, skill=0.5):
-    """The stand-in for an SFT model: with chance `skill` a step towards the goal, else any step. In 8 steps it reaches the goal
-    of the 4x4 map in 1 of 5 episodes, a uniform policy in 3 of 1,000: too few for pairs to differ."""
-    closer = lake.distance[lake.intended] < lake.distance[:, None]                          # (S,A)
-    ways = closer.sum(1, keepdims=True)
+    """The stand-in for an SFT model: with chance `skill` a step towards the goal, else a random one. In 8 steps it reaches the
+    goal of the 4x4 map in 1 of 5 episodes, a uniform policy in 3 of 1,000: then the two returns of a pair would hardly ever differ.
+    """
+    closer = lake.distance[lake.intended] < lake.distance[:, None]                          # does it lead closer to the goal? (S,A)
+    ways = closer.sum(1, keepdims=True)                                                     # how many do  (S,1)
     step = np.where(ways > 0, skill * closer / np.maximum(ways, 1) + (1 - skill) / 4, 0.25)
     return np.tile(step, (lake.horizon, 1, 1))
 
 
 def look_ahead(lake, values):
-    """E[r(s') + value(s')] for every (s,a), from values (S,); zero at terminal cells, which pay nothing more. -> (S,A)"""
+    """E[r(s') + value(s')] for every (s,a), given values (S,) -> (S,A). Zero in terminal cells, which pay nothing more."""
     return (lake.reward + values)[lake.next] @ lake.chance * ~lake.terminal[:, None]
 
 
 def visits(lake, policy):
-    """The probability of standing on a cell that is not terminal at step t (H,S)."""
+    """(H,S): the probability that the episode is still going on at step t, with the walker on cell s."""
     mu = np.zeros((lake.horizon, len(lake.P)))
     mu[0, lake.start] = 1.0
     for t in range(lake.horizon - 1):
@@ -149,7 +155,7 @@ def visits(lake, policy):
 
 
 def return_masses(lake, policy):
-    """The probability of trajectories of return 0, and of return 1 (2,). The policy may be unnormalised: then it is a mass."""
+    """(2,): the probability that an episode returns 0, and that it returns 1; or their masses, if the policy is not normalised."""
     mass = ends = np.stack([1 - lake.reward, lake.reward])                                  # (2,S)
     for t in reversed(range(lake.horizon)):
         mass = np.where(lake.terminal, ends, (policy[t] * (mass[:, lake.next] @ lake.chance)).sum(-1))
@@ -162,14 +168,14 @@ def expected_return(lake, policy):
 
 
 def kl_divergence(lake, policy, other):
-    """KL between the trajectory laws: the sum over steps of the KL of the actions, no term after termination."""
+    """KL(policy || other) of the laws of trajectories: the KL of the actions, summed over the steps until the episode ends."""
     ratio = np.log(np.maximum(policy, 1e-300)) - np.log(np.maximum(other, 1e-300))
     return float((visits(lake, policy)[:, :, None] * policy * ratio).sum())
 
 
 def cells_visited(lake, policy, share=0.01):
-    """How many cells at least one episode in a hundred enters: make each cell absorbing in turn."""
-    ever = np.eye(len(lake.P))                                                              # (from, target)
+    """How many cells are entered by at least one episode in a hundred. Each cell in turn is made absorbing."""
+    ever = np.eye(len(lake.P))                              # the chance of being on a cell, now or later: (where one is now, the cell)
     for t in reversed(range(lake.horizon)):
         ever = np.einsum("sa,sap->sp", policy[t], lake.P) @ ever
         np.fill_diagonal(ever, 1.0)
@@ -177,12 +183,13 @@ def cells_visited(lake, policy, share=0.01):
 
 
 def total_variation(lake, policy, other, reference):
-    """max over (t,s) of half the L1 distance, over the cells that the reference reaches: data says nothing of the others."""
+    """The largest half L1 distance between the laws of the next action, among the (t,s) that the reference reaches: data says
+    nothing about the others."""
     return float(0.5 * np.abs(policy - other).sum(-1)[visits(lake, reference) > 0].max())
 
 
 def score(lake, policy, reference, beta, optimum):
-    """The columns of the table: distances to the optimum, and what the policy is worth."""
+    """The columns of the table: how far the policy is from the optimum ("kl" is KL(optimum || policy)), and what it is worth."""
     success = expected_return(lake, policy)
     return {"mse": float(np.square(policy - optimum)[visits(lake, reference) > 0].mean()),
             "tv": total_variation(lake, policy, optimum, reference), "kl": kl_divergence(lake, optimum, policy),
@@ -191,7 +198,7 @@ def score(lake, policy, reference, beta, optimum):
 
 
 # === 3. The soft optimum ==============================================================================================
-# What every method is after. From the last step backwards, with V_H = 0:
+# What every method is compared with. From the last step backwards, with V_H = 0:
 #     Q_t(s,a) = E[r(s') + V_{t+1}(s')],   V_t(s) = beta log sum_a pi_ref exp(Q_t/beta),   pi*_t = pi_ref exp((Q_t - V_t)/beta)
 # On deterministic ice this gives pi*(tau) = pi_ref(tau) exp(R/beta)/Z and V_0(start) = beta log Z: DPO's Eq 4.
 #                                                                                          [test_gridworld_trajectory_law]
@@ -214,22 +221,24 @@ def soft_value_iteration(lake, reference, beta):
 
 # === 4. Trajectories ==================================================================================================
 # A batch of trajectories is a dict of arrays: steps (N,H), the index of (t, s_t, a_t) in a flattened policy, or H*S*A once
-# the episode has ended (a zero stands there); weight (N,); return (N,); length (N,) in actions; state (N,H+1).
+# the episode has ended (`trajectory_logps` reads a zero there); weight (N,); return (N,); length (N,) in actions; state (N,H+1).
 
 def enumerate_trajectories(lake, reference):
-    """Every trajectory that the reference can draw, with its probability as weight. On slippery ice they are many."""
+    """Every trajectory that the reference can draw, with its probability as weight. On slippery ice there are very many."""
     state, steps = np.full((1, 1), lake.start), np.zeros((1, 0), int)
     weight, returns = np.ones(1), np.zeros(1)
     for t in range(lake.horizon):
         now = state[:, -1]
-        # every living trajectory branches into actions x outcomes; an ended one is carried along
+        # a trajectory that has not ended branches into all actions and outcomes; one that has is carried along
         parent, action, after = np.nonzero((lake.P[now] > 0) & ~lake.terminal[now, None, None])
         done = np.flatnonzero(lake.terminal[now])
         index = np.ravel_multi_index((t, now[parent], action), reference.shape)
-        weight = np.r_[weight[parent] * reference[t, now[parent], action] * lake.P[now[parent], action, after], weight[done]]
-        returns = np.r_[returns[parent] + lake.reward[after], returns[done]]
-        steps = np.c_[steps[np.r_[parent, done]], np.r_[index, np.full(len(done), reference.size)]]
-        state = np.c_[state[np.r_[parent, done]], np.r_[after, now[done]]]
+        chance = weight[parent] * reference[t, now[parent], action] * lake.P[now[parent], action, after]
+        weight = np.concatenate([chance, weight[done]])
+        returns = np.concatenate([returns[parent] + lake.reward[after], returns[done]])
+        before = np.concatenate([parent, done])
+        steps = np.column_stack([steps[before], np.concatenate([index, np.full(len(done), reference.size)])])
+        state = np.column_stack([state[before], np.concatenate([after, now[done]])])
     return {"steps": steps, "weight": weight, "return": returns, "length": (steps < reference.size).sum(1), "state": state}
 
 
@@ -239,6 +248,7 @@ def sample_trajectories(lake, policy, n, rng):
     for t in range(lake.horizon):
         now = state[:, t]
         live = ~lake.terminal[now]
+        # an index drawn from a law: how many of its cumulative sums are below a uniform number (clip: the last may round to below 1)
         action = (policy[t, now].cumsum(-1) < rng.random((n, 1))).sum(-1).clip(max=3)
         outcome = (lake.chance.cumsum() < rng.random((n, 1))).sum(-1).clip(max=len(lake.chance) - 1)
         state[:, t + 1] = lake.next[now, action, outcome]
@@ -248,7 +258,7 @@ def sample_trajectories(lake, policy, n, rng):
 
 
 def trajectory_logps(log_policy, trajectories):
-    """log pi(tau), the dynamics left out: the sum of the steps' log-probs. log_policy (H,S,A) tensor -> (N,)."""
+    """log pi(tau) without the dynamics: the sum of the actions' log-probs. log_policy (H,S,A) tensor -> (N,)."""
     flat = F.pad(log_policy.flatten(), (0, 1))                                              # the zero of an ended episode
     return flat[torch.as_tensor(trajectories["steps"])].sum(-1)
 
@@ -257,35 +267,36 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
     """n rankings of K draws by the Plackett-Luce model of their returns: arrays (n,K,...), best first. K = 2 is Bradley-Terry."""
     pool = draw(lake, reference, n * K, rng)
     noisy = (pool["return"] + rng.gumbel(size=n * K)).reshape(n, K)                  # sorting R + Gumbel noise draws a ranking
-    order = np.argsort(-noisy, axis=1) + K * np.arange(n)[:, None]
+    order = np.argsort(-noisy, axis=1) + K * np.arange(n)[:, None]                   # ranking k is of the draws K k, ..., K k + K - 1
     return {key: value[order] for key, value in pool.items()}
 
 
 # === 5. DPO on infinite data ==========================================================================================
-# Pairs are drawn from the reference, both from the start, and labelled by Bradley-Terry: P(tau_1 > tau_2) = s(R_1 - R_2).
-# The infinite-data loss is the expectation over pairs and labels; on deterministic ice its minimum is exact, on any map:
+# Both trajectories of a pair are drawn from the reference, and labelled by Bradley-Terry: P(tau_1 > tau_2) = s(R_1 - R_2).
+# The infinite-data loss is the expectation over pairs and labels. On deterministic ice its minimum is known exactly, on any map:
 #
-# A loss that is convex in the log-ratios d falls when d is replaced by its mean over the trajectories of equal return (Jensen).
-# By Jensen again E exp(d) >= exp(E d), so the total mass stays <= 1; what is missing goes to all alike, a constant added to every d,
-# which leaves every h as it is (and raises pi(y_w), which RPO, SFT and MinorDPO reward). So the best law is pi_ref(tau) exp(u(R)):
-# one number for failure, one for success. (EXO and chi-squared PO are not convex, but under such a law every pair is at its own
-# minimum.) sum_tau pi = 1 fixes one of the two, and bisection finds the other to the last digit. That law is a policy, for the
-# weight that is still to come depends on cell and step alone: `tilt` computes it backwards.
+# Take a loss that is convex in the log-ratios d. It does not rise when each d is replaced by the mean of d over the trajectories
+# of the same return (Jensen). By Jensen again, E exp(d) >= exp(E d): the total mass is then at most 1. What is missing is given to
+# all alike, by a constant added to every d; that changes no h (and raises pi(y_w), which RPO, SFT, MinorDPO and unlikelihood
+# reward). So the best law is pi_ref(tau) exp(u(R)), with one number u(0) for failure and one, u(1), for success. (EXO and
+# chi-squared PO are not convex, but their best law has this form too: under it every pair is at its own minimum.) As the mass is 1,
+# one number gives the other, and bisection finds it to the last digit. This law can be played by a policy (H,S,A), because the
+# weight still to come depends only on the cell and the step: `tilt` computes it backwards.
 #                                                            [test_gridworld_return_law_is_the_minimiser_over_policies]
 
 RETURNS = torch.tensor([0.0, 1.0], dtype=torch.float64)
-WINS = torch.sigmoid(RETURNS[:, None] - RETURNS)                             # P(winner's return, over the loser's)  (2,2)
-SMOOTH = ("dpo", "cdpo", "robust", "ipo")                                    # on infinite data on slippery ice too: section 7
+WINS = torch.sigmoid(RETURNS[:, None] - RETURNS)                             # [i,j]: the chance that return i beats return j  (2,2)
+SMOOTH = ("dpo", "cdpo", "robust", "ipo")                                    # solved for infinite data on slippery ice too: section 7
 
 
 def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
-    """The minimiser (H,S,A) of the infinite-data loss of dpo.LOSSES[loss]; cells the reference never reaches keep it.
+    """The minimiser (H,S,A) of the infinite-data loss of dpo.LOSSES[loss]. Cells that the reference never reaches keep its actions.
 
-    On deterministic ice it is exact, for all but orpo and simpo. On slippery ice, where it is for dpo, cdpo, robust, ipo and sft
-    only, the loss is not convex in the policy: this is the minimum that descent from beside the reference reaches, and others
-    may lie lower.                                                        [test_gridworld_slippery_objective_has_other_minima]
-    flip: the chance that a label is turned round. ValueError for bad arguments and, on deterministic ice, where there is no
-    minimiser; OverflowError on slippery ice where beta times the log-ratios is too wide for the series of `pair_expectation`.
+    On deterministic ice it is exact, for all losses but orpo and simpo. On slippery ice only sft, which is exact there too, and
+    dpo, cdpo, robust and ipo are on offer. These four are not convex in the policy there: the result is the minimum that descent
+    from near the reference reaches, and others may be lower.             [test_gridworld_slippery_objective_has_other_minima]
+    flip: the chance that a label is reversed. ValueError for bad arguments and, on deterministic ice, if there is no minimiser;
+    OverflowError on slippery ice if beta times the log-ratios spans too wide a range for the series of `pair_expectation`.
     """
     reference = check(lake, reference, beta)
     if not 0 <= flip <= 1:
@@ -306,8 +317,9 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
 def tilt(lake, base, log_weights):
     """The policy (H,S,A) of least cross-entropy to the law base(tau) exp(log_weights[R])/Z of trajectories.
 
-    m_t(s) = sum_a base_t(a|s) E m_{t+1}(s') is the weight still to come; pi_t(a|s) = base_t(a|s) E m_{t+1}(s') / m_t(s), in
-    logarithms, for exp(1/beta) overflows. On deterministic ice the policy's law *is* the tilted law. `base` may be unnormalised.
+    m_t(s) = sum_a base_t(a|s) E m_{t+1}(s') is the weight still to come, and pi_t(a|s) = base_t(a|s) E m_{t+1}(s') / m_t(s), all
+    in logarithms, because exp(1/beta) may overflow. On deterministic ice the policy's law *is* the tilted law. `base` need not be
+    normalised.
     """
     log_end = np.where(lake.reward > 0, log_weights[1], log_weights[0])
     log_m, policy = log_end, np.empty_like(base)
@@ -320,12 +332,12 @@ def tilt(lake, base, log_weights):
 
 
 def chosen_weights(lake, reference, flip=0.0):
-    """log(law of the winner's return / law of the return under pi_ref), for the returns 0 and 1: log 2 E s(R - R')  (2,)."""
+    """(2,), for the returns R = 0 and 1: log of P(the winner returns R) / P(pi_ref returns R) = 2 E s(R - R'), R' the opponent's."""
     return np.log(2 * ((1 - flip) * WINS + flip * WINS.T).numpy() @ return_masses(lake, reference))
 
 
 def pair_objective(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
-    """u (2,) -> the loss expected over pairs and labels, where u[R] is the log-ratio of the trajectories of return R."""
+    """The function u (2,) -> expected loss over pairs and labels, where u[R] is the log-ratio of all trajectories of return R."""
     law = torch.tensor(return_masses(lake, reference))
     weight = (2 * law[:, None] * law * ((1 - flip) * WINS + flip * WINS.T)).flatten()       # (winner, loser), as WINS
     winner, loser = torch.cartesian_prod(torch.arange(2), torch.arange(2)).T
@@ -336,19 +348,20 @@ def pair_objective(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
 def ranking_objective(lake, reference, beta, K=4):
     """The same for Plackett-Luce rankings of K draws: all 2^K tuples of returns, weighted by the chance of that ranking."""
     law = torch.tensor(return_masses(lake, reference))
-    ranked = torch.cartesian_prod(*[torch.arange(2)] * K)                                   # (2^K, K), best first
+    ranked = torch.cartesian_prod(*([torch.arange(2)] * K))                                 # (2^K, K), best first
     zero = torch.zeros(ranked.shape, dtype=torch.float64)
+    # the chance that K draws end up as this tuple: they may come in K! orders
     weight = math.factorial(K) * law[ranked].prod(-1) * torch.exp(-plackett_luce_loss(RETURNS[ranked], zero, 1.0))
     return lambda u: weight @ plackett_luce_loss(u[ranked], zero, beta)
 
 
 def minimise_over_returns(lake, base, objective):
-    """The policy base(tau) exp(u(R)) of least objective(u), by bisection on the slope in x = u(1) - u(0)."""
+    """The policy with the law base(tau) exp(u(R)) of least objective(u), by bisection on the slope in x = u(1) - u(0)."""
     mass = torch.tensor(return_masses(lake, base))
     if mass.min() == 0:
         return tilt(lake, base, np.zeros(2))                                # all returns are equal: there is nothing to prefer
 
-    def log_ratios(x):                                                      # (u(0), u(1)) of total mass one
+    def log_ratios(x):                                                      # u(0) and u(1), such that the total mass is one
         return torch.stack([torch.zeros_like(x), x]) - torch.logaddexp(mass[0].log(), mass[1].log() + x)
 
     def slope(value):
@@ -361,19 +374,22 @@ def minimise_over_returns(lake, base, objective):
                          "or beta is below 1e-6")
     for _ in range(80):                                                     # 2e6 / 2^80 is below rounding
         middle = (low + high) / 2
-        below = slope(middle) < 0 or (middle < 0 and slope(middle) == 0)    # EXO and chi-squared PO are flat far from 0: back there
-        low, high = (middle, high) if below else (low, middle)
+        here = slope(middle)
+        if here < 0 or (here == 0 and middle < 0):                          # EXO and chi-squared PO are flat far from 0: go towards 0
+            low = middle
+        else:
+            high = middle
     return tilt(lake, base, log_ratios(torch.tensor(high, dtype=torch.float64)).numpy())
 
 
 # === 6. DPO on n pairs ================================================================================================
-# With finite data the law of the return is not enough: the loss is averaged over the pairs and minimised over the policy's logits.
-# The error falls as n^-1/2, like that of any maximum-likelihood estimate.
+# With finite data, trajectories of the same return no longer have the same best log-ratio: the loss is averaged over the pairs
+# and minimised over the policy's logits. The error falls as n^-1/2, like that of any maximum-likelihood estimate.
 
 def minimise(objective, x, steps=300, tolerance=1e-9):
-    """L-BFGS, three times from the point of least max|gradient| so far: twice with a line search (the second time its history is
-    empty, which frees it where it is stuck), then without one, for near the minimum values differ by less than rounding and only
-    gradients still tell points apart. At most `steps` iterations each."""
+    """The point of least max|gradient| that three runs of L-BFGS from x come by; each starts at the best so far, for at most `steps`
+    iterations. Two use a line search: the second begins with an empty history, which frees it where the first was stuck. The third
+    has none: near the minimum values differ by less than rounding, and only gradients still tell points apart."""
     best, least = x, math.inf
     for search in ("strong_wolfe", "strong_wolfe", None):
         x = best.clone().requires_grad_()
@@ -384,10 +400,10 @@ def minimise(objective, x, steps=300, tolerance=1e-9):
             nonlocal best, least
             try:
                 value = objective(x)
-            except OverflowError:                                           # a step far too long: a high value and no slope
+            except OverflowError:                                           # far too long a step: return a high value without slope
                 x.grad = torch.zeros_like(x)
                 return torch.tensor(1e10, dtype=x.dtype)
-            x.grad, = torch.autograd.grad(value, x)
+            x.grad = torch.autograd.grad(value, x)[0]
             if x.grad.abs().max() < least:
                 best, least = x.detach().clone(), x.grad.abs().max()
             return value
@@ -398,12 +414,14 @@ def minimise(objective, x, steps=300, tolerance=1e-9):
 
 
 def best_policy(lake, reference, objective, steps=300):
-    """The policy (H,S,A) of least objective(log_policy), from the reference on. The logits have units of 1/sqrt(visits): rare
-    cells learn as fast as common ones, and cells that the reference never reaches keep it.
+    """The policy (H,S,A) of least objective(log_policy), by descent from the reference. The logits are measured in units of
+    1/sqrt(how often the reference takes that action), so rare ones are learnt as fast as common ones; cells that the reference
+    never reaches keep its actions.
 
-    On slippery ice descent starts 1/1000 beside the reference, which can be a saddle of the preference losses: where the goal is out of
-    reach their slope is zero there, though with small beta their curvature is negative."""
-    log_reference, share = torch.tensor(reference).log(), torch.tensor(visits(lake, reference)[:, :, None] * reference)
+    On slippery ice descent starts 1/1000 away from the reference, which can be a saddle of the preference losses: in cells from
+    which the goal is out of reach their slope is zero there, but with a small beta their curvature is negative."""
+    log_reference = torch.tensor(reference).log()
+    share = torch.tensor(visits(lake, reference)[:, :, None] * reference)                   # P(action a in cell s at step t)
     scale = torch.where(share > 0, share.rsqrt(), 0.0)
     log_policy = lambda x: torch.log_softmax(log_reference + scale * x, -1)
     noise = torch.tensor(np.random.default_rng(0).normal(size=share.shape))
@@ -412,7 +430,7 @@ def best_policy(lake, reference, objective, steps=300):
 
 
 def bradley_terry(trajectories):
-    """The probability of the pair (winner i, loser j) of listed trajectories (N,N)."""
+    """(N,N): the probability that a pair's winner is the i-th of the listed trajectories, and its loser the j-th."""
     R, law = trajectories["return"], trajectories["weight"]
     return 2 * law[:, None] * law / (1 + np.exp(R - R[:, None]))
 
@@ -420,22 +438,25 @@ def bradley_terry(trajectories):
 def fit_pairs(lake, reference, trajectories, wins, beta, loss="dpo", steps=300, **hyper):
     """The policy of least loss on pairs of listed trajectories; wins[i,j] (N,N): how often i was preferred to j."""
     i, j = np.nonzero(wins)
-    weight, ref = torch.tensor(wins[i, j] / wins.sum()), trajectory_logps(torch.tensor(reference).log(), trajectories)
+    weight = torch.tensor(wins[i, j] / wins.sum())
+    ref = trajectory_logps(torch.tensor(reference).log(), trajectories)
 
     def objective(log_policy):
         logps = trajectory_logps(log_policy, trajectories)
-        return weight @ LOSSES[loss](logps[i], logps[j], ref[i], ref[j], beta=beta, **hyper) / beta**2
+        losses = LOSSES[loss](logps[i], logps[j], ref[i], ref[j], beta=beta, **hyper)
+        return weight @ losses / beta**2                                                    # over beta^2: as in section 7
     return best_policy(lake, reference, objective, steps)
 
 
 def convergence(sizes=(1000, 3162, 10_000, 31_623, 100_000), seeds=8, beta=0.5, seed=0):
     """DPO on n pairs of the 3x3 lake: {"sizes", "errors" (len(sizes), seeds), "slope" of log error over log n}. The error is the
-    root of the squared distance to pi*, averaged over the steps of the reference."""
+    root of the mean squared distance to pi*, where (t,s) counts as often as the reference is there."""
     lake, rng = FrozenLake("SFF\nFHF\nFFG"), np.random.default_rng(seed)
     reference = walker_policy(lake)
     optimum, trajectories = soft_optimal_policy(lake, reference, beta), enumerate_trajectories(lake, reference)
     pairs = bradley_terry(trajectories)
-    mu, errors = visits(lake, reference)[:, :, None], np.zeros((len(sizes), seeds))
+    mu = visits(lake, reference)[:, :, None]
+    errors = np.zeros((len(sizes), seeds))
     for row, column in np.ndindex(errors.shape):
         wins = rng.multinomial(sizes[row], pairs.ravel()).reshape(pairs.shape)
         policy = fit_pairs(lake, reference, trajectories, wins, beta, steps=60)
@@ -445,48 +466,51 @@ def convergence(sizes=(1000, 3162, 10_000, 31_623, 100_000), seeds=8, beta=0.5, 
 
 
 # === 7. Slippery ice ==================================================================================================
-# Now the return of a trajectory also holds luck, the sum of r(s') + V(s') - E[r(s') + V(s')], and DPO credits the policy with it:
-# it misses pi*, even with infinite data (2409.02392, Prop 1). Labels from the regret, which leaves luck out, repair it.
+# Here the return of a trajectory also contains luck, the sum of r(s') + V(s') - E[r(s') + V(s')], and DPO credits the policy with
+# it: it misses pi*, even with infinite data (2409.02392, Prop 1). Labels from the regret, which leaves luck out, repair it.
 #
 # To show this exactly we need E f(d_1 - d_2) over all pairs. Enumerating them is hopeless (4x4, 6 steps: 900,000 trajectories),
-# but with a cosine series of f, which is even,
+# but f is even, and with a cosine series of it
 #     f(h) = sum_k c_k cos(w_k h),     E f(d_1 - d_2) = Re sum_k c_k E exp(i w_k d_1) E exp(-i w_k d_2) = sum_k c_k |phi(w_k)|^2,
-# for d_1 and d_2 are independent and have one law; phi(w) = E exp(i w d), the characteristic function of a sum over steps, is one
-# backward sweep.
+# because d_1 and d_2 are independent and have the same law. phi(w) = E exp(i w d) is the characteristic function of a sum over
+# steps; one backward sweep computes it.
 #                                                                              [test_gridworld_pair_expectation_is_exact]
 
 def pair_expectation(lake, reference, steps, f, reward=None):
-    """E f(d_1 - d_2) over pairs of the reference's trajectories, f even and smooth, d = the sum of steps (H,S,A) and of the
-    reward (S,), if any. OverflowError where 256 terms do not give 9 digits: |d_1 - d_2| spans too many of f's widths."""
+    """E f(d_1 - d_2) over pairs of the reference's trajectories, for an even and smooth f. d is a trajectory's sum of steps[t,s,a]
+    (H,S,A), and of reward[s'] (S,) if that is given. OverflowError if 256 terms do not give 9 digits: then |d_1 - d_2| spans too
+    many of f's widths."""
     live, chance, reference = torch.tensor(~lake.terminal), torch.tensor(lake.chance), torch.tensor(reference)
     reward = torch.tensor(np.zeros(len(lake.P)) if reward is None else reward)
-    longest = shortest = torch.zeros_like(reward)                           # the largest and the least d, by dynamic programming
+    most = least = torch.zeros_like(reward)                                 # the largest and the least d, by dynamic programming
     for t in reversed(range(lake.horizon)):
-        longest = torch.where(live, (steps[t].detach() + (reward + longest)[lake.next].amax(-1)).amax(-1), 0.0)
-        shortest = torch.where(live, (steps[t].detach() + (reward + shortest)[lake.next].amin(-1)).amin(-1), 0.0)
-    width = max((longest - shortest)[lake.start].item(), 1e-3)              # so |d_1 - d_2| <= width
-    # least squares with period 4 width, not 2: f need not be periodic, and a few terms give 13 digits
+        most = torch.where(live, (steps[t].detach() + (reward + most)[lake.next].amax(-1)).amax(-1), 0.0)
+        least = torch.where(live, (steps[t].detach() + (reward + least)[lake.next].amin(-1)).amin(-1), 0.0)
+    width = max((most - least)[lake.start].item(), 1e-3)                    # so |d_1 - d_2| <= width
+    # least squares with cosines of period 4 width, not 2 width: f is not periodic, and with room to spare few terms give 13 digits
     for K in (24, 32, 64, 128, 256):
         x = torch.cos(math.pi * (torch.arange(4 * K, dtype=torch.float64) + 0.5) / (4 * K))
         w = 0.5 * math.pi * torch.arange(K, dtype=torch.float64)
         basis, values = torch.cos(w * x[:, None]), f(width * x)
         c = torch.linalg.lstsq(basis, values[:, None], rcond=1e-14, driver="gelsd").solution[:, 0]
-        if (error := (basis @ c - values).abs().max() / values.abs().max().clamp(min=1)) < 1e-13:
+        error = (basis @ c - values).abs().max() / values.abs().max().clamp(min=1)
+        if error < 1e-13:
             break
     if error > 1e-9:
         raise OverflowError(f"f is not smooth enough, or d too wide, for a cosine series (error {error:.0e})")
-    turn, paid = (torch.exp(1j / width * w.view(-1, *[1] * d.ndim) * d) for d in (steps, reward))       # (K,H,S,A), (K,S)
-    phi = torch.ones_like(paid)
+    step_factor = torch.exp(1j / width * w[:, None, None, None] * steps)    # exp(i w d) is a product of these  (K,H,S,A)
+    reward_factor = torch.exp(1j / width * w[:, None] * reward)             # and of these  (K,S)
+    phi = torch.ones_like(reward_factor)
     for t in reversed(range(lake.horizon)):
-        onward = ((paid * phi)[:, lake.next] * chance).sum(-1)
-        phi = torch.where(live, (reference[t] * turn[:, t] * onward).sum(-1), 1.0)
+        onward = ((reward_factor * phi)[:, lake.next] * chance).sum(-1)
+        phi = torch.where(live, (reference[t] * step_factor[:, t] * onward).sum(-1), 1.0)
     return c @ phi[:, lake.start].abs().square()
 
 
 def winner_minus_loser(lake, reference, advantage=None):
-    """E[(winner's count of (t,s,a)) - (loser's)] over pairs labelled by returns, or by the sum of `advantage`. -> (H,S,A)
+    """E[(winner's count of (t,s,a)) - (loser's)] over pairs labelled by returns, or by sums of `advantage`. -> (H,S,A)
 
-    E log(2 cosh(D/2)) of the difference D of what is compared has the derivative E[(s(D) - 1/2) dD]: half of what we want.
+    With D the difference of what is compared, the derivative of E log(2 cosh(D/2)) is E[(s(D) - 1/2) dD]: half of what we want.
     """
     compared = torch.tensor(np.zeros_like(reference) if advantage is None else advantage, requires_grad=True)
     reward = lake.reward if advantage is None else None
@@ -496,18 +520,20 @@ def winner_minus_loser(lake, reference, advantage=None):
 
 def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, anchor=None, flip=0.0, history=None,
                            steps=300, **hyper):
-    """The policy of least population loss. advantage: labels compare its sum, not the return. anchor: what the log-ratio is
-    taken to, by default the reference, which draws the pairs. history: a list that gets the policy of every evaluation.
+    """The policy of least population loss. advantage: labels compare its sums, not the returns. anchor: the policy below the line of
+    the log-ratios, by default the reference; the reference draws the pairs in any case. history: a list to which the policy of
+    every evaluation is appended.
 
-    h = d_1 - d_2 for a pair as it was drawn, p the chance that the first wins: E[p f(h) + (1-p) f(-h)] is E even(h) +
-    E[(2p-1) odd(h)] with f = even + odd part.
-    The losses in SMOOTH have a linear odd part, -k h, so all that the labels contribute is a count of steps. DPO, for one:
-    -log s(beta h) = log(2 cosh(beta h / 2)) - beta h / 2. What is minimised, and printed nowhere, is the loss less its value at the
-    reference, over beta^2.
+    Let h = d_1 - d_2 for a pair in the order it was drawn, and p the chance that the first wins. With f split into an even and an
+    odd part, E[p f(h) + (1-p) f(-h)] = E even(h) + E[(2p-1) odd(h)]. The losses in SMOOTH have a linear odd part, -k h, so the
+    labels matter only through expected counts of steps. For DPO, -log s(beta h) = log(2 cosh(beta h / 2)) - beta h / 2.
+    What is minimised, and printed nowhere, is the loss less its value at h = 0, over beta^2.
     """
     if loss not in SMOOTH:
         raise ValueError(f"{loss}: no exact minimiser on slippery ice (only {', '.join(SMOOTH)} and sft)")
-    f = lambda h: LOSSES[loss](h, *[torch.zeros_like(h)] * 3, beta=beta, **hyper)
+    def f(h):
+        zero = torch.zeros_like(h)
+        return LOSSES[loss](h, zero, zero, zero, beta=beta, **hyper)
     even = lambda h: (f(h) + f(-h)) / 2 - f(torch.zeros_like(h))
     one = torch.ones((), dtype=torch.float64)
     k = (f(-one) - f(one)).item() / 2
@@ -523,13 +549,14 @@ def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, an
 
 
 def advantages(lake, reference, beta):
-    """A*_t(s,a) = Q* - V* = beta log pi*/pi_ref: as labels, under which trajectory DPO is right on any ice (CPL, 2310.13639)."""
+    """A*_t(s,a) = Q* - V* = beta log pi*/pi_ref, minus the regret. With labels that compare its sums, DPO is right on any ice
+    (CPL, 2310.13639)."""
     _, V, Q = soft_value_iteration(lake, check(lake, reference, beta), beta)
     return Q - V[:-1, :, None]
 
 
 def luck(lake, reference, beta):
-    """Standard deviation under the reference of the luck in R; the terms are uncorrelated, so their variances add."""
+    """Standard deviation, under the reference, of the luck in R. Its terms are uncorrelated, so their variances add."""
     worth = (lake.reward + soft_value_iteration(lake, reference, beta)[1][1:])[:, lake.next]        # (H,S,A,outcomes)
     variance = np.square(worth) @ lake.chance - np.square(worth @ lake.chance)
     return math.sqrt((visits(lake, reference)[:, :, None] * reference * variance).sum().clip(min=0))
@@ -544,16 +571,18 @@ def slip_curve(slips=(0, 0.05, 0.1, 0.2, 0.3, 0.45, 2 / 3), beta=0.1, map_name="
         policies = {"pi*": soft_optimal_policy(lake, reference, beta), "DPO": population_dpo(lake, reference, beta),
                     "regret": minimise_over_policies(lake, reference, beta, advantage=advantages(lake, reference, beta)),
                     "reference": reference}
-        columns = {(name, column): value for name, policy in policies.items()
-                   for column, value in score(lake, policy, reference, beta, policies["pi*"]).items()}
-        rows.append({"slip": slip, "luck": luck(lake, reference, beta), **columns})
+        row = {"slip": slip, "luck": luck(lake, reference, beta)}
+        for name, policy in policies.items():
+            for column, value in score(lake, policy, reference, beta, policies["pi*"]).items():
+                row[name, column] = value
+        rows.append(row)
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 
 # === 8. The methods ===================================================================================================
 # Each is a function (lake, reference, beta, rng) -> (policy, own): its policy, and the optimum that theory gives it (or None).
-# On deterministic ice the preference losses are minimised on infinite data; what has no exact minimiser is trained on PAIRS
-# pairs drawn from the reference. beta is the KL weight of DPO, and tau of IPO. The table METHODS is at the end of the section.
+# On deterministic ice the preference losses are minimised on infinite data; losses without an exact minimiser are trained on
+# PAIRS sampled pairs. beta is the KL weight of DPO, and tau of IPO. The table METHODS is at the end of the section.
 
 PAIRS = 4096
 logit = lambda p: math.log(p / (1 - p))
@@ -561,7 +590,7 @@ WIN = 1 / (1 + math.exp(-1))                                                 # s
 
 
 def adam(loss, parameters, steps, lr):
-    """The parameters (a list of tensors) after Adam on loss(parameters)."""
+    """The parameters (a list of tensors) after so many steps of Adam on loss(parameters)."""
     parameters = [p.detach().clone().requires_grad_() for p in parameters]
     optimiser = torch.optim.Adam(parameters, lr)
     for _ in range(steps):
@@ -572,24 +601,29 @@ def adam(loss, parameters, steps, lr):
 
 
 def on_samples(objective, **sampling):
-    """A method: Adam from the reference on objective(logps, reference_logps, lengths, beta) of ranked samples (PAIRS,K)."""
+    """A method: Adam, from the reference, on objective(logps, reference_logps, lengths, beta) of ranked samples (PAIRS,K)."""
     def method(lake, reference, beta, rng):
-        data, log_reference = ranked_samples(lake, reference, PAIRS, rng, **sampling), torch.tensor(reference).log()
+        data = ranked_samples(lake, reference, PAIRS, rng, **sampling)
+        log_reference = torch.tensor(reference).log()
         ref, lengths = trajectory_logps(log_reference, data), torch.tensor(data["length"], dtype=torch.float64)
         loss = lambda x: objective(trajectory_logps(torch.log_softmax(x[0], -1), data), ref, lengths, beta)
-        return torch.softmax(adam(loss, [log_reference], steps=200, lr=0.03)[0], -1).numpy(), None
+        logits = adam(loss, [log_reference], steps=200, lr=0.03)[0]
+        return torch.softmax(logits, -1).numpy(), None
     return method
 
 
 def pair_loss(loss, **hyper):
-    """A loss of dpo.LOSSES as an objective of `on_samples`."""
-    return lambda logps, ref, lengths, beta: LOSSES[loss](
-        logps[:, 0], logps[:, 1], ref[:, 0], ref[:, 1], chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1],
-        **{"beta": beta, **hyper}).mean()
+    """A loss of dpo.LOSSES as an objective of `on_samples`. A beta in hyper takes the place of the table's."""
+    def objective(logps, ref, lengths, beta):
+        settings = {"beta": beta, **hyper}
+        return LOSSES[loss](logps[:, 0], logps[:, 1], ref[:, 0], ref[:, 1], chosen_lengths=lengths[:, 0],
+                            rejected_lengths=lengths[:, 1], **settings).mean()
+    return objective
 
 
 def population(loss, strength=None, flip=0.0, **hyper):
-    """A method: the minimiser of a loss of dpo.LOSSES on infinite data. Its own optimum is pi_ref(tau) exp(strength R/beta)/Z."""
+    """A method: the minimiser of a loss of dpo.LOSSES on infinite data, or on samples if the ice is slippery and the loss is not
+    SMOOTH. Its own optimum, on deterministic ice, is pi_ref(tau) exp(strength R/beta)/Z."""
     def method(lake, reference, beta, rng):
         if not (lake.deterministic or loss in SMOOTH):
             return on_samples(pair_loss(loss, **hyper))(lake, reference, beta, rng)
@@ -607,13 +641,15 @@ def preferred_ft(lake, reference, beta, rng):
 
 
 def best_of_n(N, n=50_000):
-    """Imitation of the best of N draws (2401.01879), n times. Its law: the mass q of failure becomes q^N, success takes the rest."""
+    """Imitation of the best of N draws (2401.01879), n times. The chance q of failure becomes q^N."""
     def method(lake, reference, beta, rng):
         q = return_masses(lake, reference)[0]
-        own = tilt(lake, reference, np.log([max(q ** (N - 1), 1e-300), sum(q**k for k in range(N))]))        # (1 - q^N)/(1 - q)
+        failure, success = max(q ** (N - 1), 1e-300), sum(q**k for k in range(N))           # q^N / q and (1 - q^N)/(1 - q)
+        own = tilt(lake, reference, np.log([failure, success]))
         pool = sample_trajectories(lake, reference, N * n, rng)
-        best = pool["steps"].reshape(n, N, -1)[np.arange(n), pool["return"].reshape(n, N).argmax(1)]
-        taken = np.bincount(best.ravel(), minlength=reference.size + 1)[:-1].reshape(reference.shape)
+        first_best = pool["return"].reshape(n, N).argmax(1)
+        best = pool["steps"].reshape(n, N, -1)[np.arange(n), first_best]                    # (n,H)
+        taken = np.bincount(best.ravel(), minlength=reference.size + 1)[:-1].reshape(reference.shape)    # how often (t,s,a) was taken
         policy = taken + 1e-9 * reference                                           # unvisited cells keep the reference
         return policy / policy.sum(-1, keepdims=True), own
     return method
@@ -622,7 +658,8 @@ def best_of_n(N, n=50_000):
 # --- Relatives of DPO -------------------------------------------------------------------------------------------------
 
 def rejection_sample(lake, reference, n, rng, beta):
-    """RSO's sampler: keep a draw of the reference with chance exp((R - r_max)/beta). n of the kept, with replacement."""
+    """RSO's sampler: keep a draw of the reference with chance exp((R - r_max)/beta). Of 10 n draws; n of those kept, chosen with
+    replacement."""
     pool = sample_trajectories(lake, reference, 10 * n, rng)
     kept = np.flatnonzero(rng.random(10 * n) < np.exp((pool["return"] - pool["return"].max()) / beta))
     chosen = rng.choice(kept, n)
@@ -630,7 +667,7 @@ def rejection_sample(lake, reference, n, rng, beta):
 
 
 def rso(lake, reference, beta, rng):
-    """Hinge loss on pairs from RSO's accepted law, pi_ref exp(R/beta)/Z, against the old reference (2309.06657)."""
+    """Hinge loss on pairs drawn from what RSO accepts, pi_ref exp(R/beta)/Z; its log-ratios are still to pi_ref (2309.06657)."""
     if not lake.deterministic:
         draw = lambda *arguments: rejection_sample(*arguments, beta)
         return on_samples(pair_loss("hinge"), draw=draw)(lake, reference, beta, rng)
@@ -639,7 +676,7 @@ def rso(lake, reference, beta, rng):
 
 
 def lambert_w(x):
-    """w with w e^w = x >= 0, by Newton's method."""
+    """The w that solves w e^w = x, for x >= 0, by Newton's method."""
     w = np.log1p(x)
     for _ in range(50):
         w -= (w - x * np.exp(-w)) / (1 + w)
@@ -647,8 +684,8 @@ def lambert_w(x):
 
 
 def chi_squared_po(lake, reference, beta, rng):
-    """DPO with phi(z) = z + log z for log z (2407.13399). Its optimum solves beta phi(z) = R - lam for z = pi/pi_ref:
-    z = W(exp((R - lam)/beta)), W Lambert's function, where lam makes the mass one."""
+    """DPO with phi(z) = z + log z in place of log z (2407.13399). Its optimum solves beta phi(z) = R - lam for z = pi/pi_ref:
+    z = W(exp((R - lam)/beta)), with Lambert's function W, and lam such that the total mass is one."""
     if not lake.deterministic:
         return on_samples(pair_loss("chipo"))(lake, reference, beta, rng)
     low, high = -1 - beta, 1.0                                                      # mass >= 1 at low, <= 1 at high
@@ -669,8 +706,8 @@ def plackett_luce(lake, reference, beta, rng, K=4):
 
 
 def mrpo(lake, reference, beta, rng):
-    """DPO against log pi_ref = -log sum_k alpha_k/pi_k of two references (2405.16388), the data's and a uniform one. The mean is
-    taken step by step, not over whole responses as in the paper, so that the optimum is a policy (H,S,A)."""
+    """DPO against the harmonic mean of two references, log pi_ref = -log sum_k alpha_k/pi_k (2405.16388): the data's and a uniform
+    one. The mean is taken step by step, not over whole responses as in the paper, so that the optimum is a policy (H,S,A)."""
     harmonic = 1 / (0.5 / reference + 0.5 / uniform_policy(lake))                   # not normalised, and need not be
     if not lake.deterministic:
         return minimise_over_policies(lake, reference, beta, anchor=harmonic, steps=60), None
@@ -679,23 +716,25 @@ def mrpo(lake, reference, beta, rng):
 
 
 def apo(lake, reference, beta, rng, rounds=3, momentum=0.5):
-    """Accelerated preference optimisation (2410.06293). p_t is DPO's optimum against q_t, and q_{t+1} ~ p_t (p_t / p_{t-1})^momentum,
-    from q_0 = p_{-1} = pi_ref on; the last q is the policy.
+    """Accelerated preference optimisation (2410.06293). In round t DPO, with pairs from q_t and q_t as its reference, gives p_t, and
+    q_{t+1} is proportional to p_t (p_t / p_{t-1})^momentum. It begins with q_0 = p_{-1} = pi_ref; the last q is the policy.
 
-    Each round has the weight rounds * beta: plain rounds would end at pi*, the momentum goes beyond, to a known strength.
-    The extrapolation is exact: per step in the log-probabilities, then normalised over whole trajectories by `tilt`.
+    The KL weight of each round is rounds * beta, so plain rounds would end at pi*; momentum goes beyond, to a known strength.
+    The extrapolation is exact: step by step in the log-probabilities, then normalised over whole trajectories by `tilt`.
     """
-    q, p_before, u, u_before = reference, reference, 0.0, 0.0                       # q ~ pi_ref exp(u R), p likewise
+    q = p_before = reference                                                        # q is pi_ref exp(u R)/Z, and
+    u = u_before = 0.0                                                              # p_before is pi_ref exp(u_before R)/Z
     for _ in range(rounds):
         p, u_now = population_dpo(lake, q, rounds * beta), u + 1 / (rounds * beta)
-        q, p_before = tilt(lake, p * (p / p_before) ** momentum, [0.0, 0.0]), p
-        u, u_before = u_now + momentum * (u_now - u_before), u_now
+        q = tilt(lake, p * (p / p_before) ** momentum, [0.0, 0.0])
+        u = u_now + momentum * (u_now - u_before)
+        p_before, u_before = p, u_now
     return q, tilt(lake, reference, [0.0, u]) if lake.deterministic else None
 
 
 def kto_loss(logps, ref, lengths, beta):
-    """(1 - s(beta (d - z0))) for the wanted + (1 - s(beta (z0 - d))) for the unwanted (2402.01306). z0 = max(0, mean d over
-    mismatched pairs), without gradient: with one start every other sample is a mismatch."""
+    """1 - s(beta (d - z0)) for the wanted, plus 1 - s(beta (z0 - d)) for the unwanted (2402.01306). z0 = max(0, mean d over
+    mismatched prompts and completions), without gradient. As there is one start, it is here the mean over all samples."""
     d = logps - ref
     z0 = d.mean().clamp(min=0).detach()
     return (1 - torch.sigmoid(beta * (d[:, 0] - z0))).mean() + (1 - torch.sigmoid(beta * (z0 - d[:, 1]))).mean()
@@ -703,7 +742,7 @@ def kto_loss(logps, ref, lengths, beta):
 
 def mpo_loss(logps, ref, lengths, beta):
     """MPO-style, after the abstract of 2312.16430: -E s(log pi_w - log pi_l) - beta E_{y ~ pi_ref} log pi(y). The second term is
-    the KL from the reference, up to a constant, on samples made in advance: here the pairs themselves."""
+    beta KL(pi_ref || pi), up to a constant, on samples drawn in advance: here the pairs themselves."""
     return -torch.sigmoid(logps[:, 0] - logps[:, 1]).mean() - beta * logps.mean()
 
 
@@ -711,7 +750,7 @@ def mpo_loss(logps, ref, lengths, beta):
 
 def exact_objective(lake, log_policy, log_reference, beta):
     """E[R] - beta KL(pi || pi_ref), differentiable in log_policy (...,H,S,A)."""
-    reward, live, chance = (torch.tensor(x) for x in (lake.reward, ~lake.terminal, lake.chance))
+    reward, live, chance = torch.tensor(lake.reward), torch.tensor(~lake.terminal), torch.tensor(lake.chance)
     values = torch.zeros(len(lake.P), dtype=torch.float64)
     for t in reversed(range(lake.horizon)):
         gain = (reward + values)[..., lake.next] @ chance - beta * (log_policy - log_reference)[..., t, :, :]
@@ -720,32 +759,34 @@ def exact_objective(lake, log_policy, log_reference, beta):
 
 
 def ppo_exact(lake, reference, beta, rng):
-    """The policy gradient with nothing sampled: L-BFGS on E[R] - beta KL. What PPO would find with endless data."""
+    """The policy gradient with nothing sampled: L-BFGS on E[R] - beta KL. What PPO would find with infinite data."""
     objective = lambda log_policy: -exact_objective(lake, log_policy, torch.tensor(reference).log(), beta) / beta
     return best_policy(lake, reference, objective), soft_optimal_policy(lake, reference, beta)
 
 
 def ppo(clip=0.2, stop=None, epochs=4, iterations=60, episodes=1024, lr=0.1, history=None):
-    """PPO on sampled episodes: the clipped ratio, or with clip=None ESPO (2202.00079): no clip, and no further epoch once
-    mean |ratio - 1| > stop. history: a list that gets E[R] - beta KL (exact) after every iteration."""
+    """PPO on sampled episodes, with the clipped ratio; or, with clip=None, ESPO (2202.00079): no clip, and no more epochs once
+    mean |ratio - 1| > stop. history: a list to which E[R] - beta KL (exact) is appended after every iteration."""
     def method(lake, reference, beta, rng):
         log_reference = torch.tensor(reference).log()
         logits = log_reference.clone().requires_grad_()
         optimiser = torch.optim.Adam([logits], lr, eps=1e-5)
         for iteration in range(iterations):
             optimiser.param_groups[0]["lr"] = lr * (1 - iteration / iterations)
-            # 1. episodes of the present policy
+            # 1. episodes of the current policy
             old = torch.log_softmax(logits.detach(), -1)
             batch = sample_trajectories(lake, old.exp().numpy(), episodes, rng)
             live = batch["steps"] < reference.size
-            step = batch["steps"][live]                                             # (M,) all steps taken, (t,s,a)
+            step = batch["steps"][live]                                             # (M,): the index of (t,s,a) of every step taken
             old_logps = old.flatten()[step]
-            # 2. rewards: the KL at every step, on the sampled action; the goal's at the end
+            # 2. rewards: at every step the KL's, for the sampled action; at the last step the goal's as well
             reward = np.zeros(live.shape)
             reward[live] = -beta * (old_logps - log_reference.flatten()[step]).numpy()
             reward[np.arange(episodes), batch["length"] - 1] += batch["return"]
-            # 3. advantages: what followed, less its mean over all visits of the cell at that time (GAE's gamma = lambda = 1)
-            to_go, cell = reward[:, ::-1].cumsum(1)[:, ::-1][live], step // 4
+            # 3. advantages: the reward still to come, less its mean over all visits to that cell at that step (GAE with
+            #    gamma = lambda = 1)
+            to_go = reward[:, ::-1].cumsum(1)[:, ::-1][live]
+            cell = step // 4                                                        # the index of (t,s)
             baseline = np.bincount(cell, to_go) / np.maximum(np.bincount(cell), 1)
             advantage = torch.tensor(to_go - baseline[cell])
             advantage = advantage / (advantage.std() + 1e-8)
@@ -788,7 +829,7 @@ def network_inputs(lake, cells, steps):
 
 
 def network_policy(lake, weights):
-    """The table of a network (copies,H,S,4), as log-probabilities."""
+    """The networks' log-probabilities at every step and cell (copies,H,S,4)."""
     steps, cells = np.indices((lake.horizon, len(lake.P)))
     return network(weights, network_inputs(lake, cells, steps).flatten(0, 1)[None]).unflatten(1, steps.shape)
 
@@ -796,8 +837,8 @@ def network_policy(lake, weights):
 def ift_loss(lake, weights, trajectories, lam=0.2, gamma=0.95):
     """Intuitive fine-tuning, after the released code of 2405.11870. trajectories: arrays (copies,B,...) -> (copies,).
 
-    1. The model's own guess of the present cell: where its greedy action would have led from the one before. (Our reading of
-       the paper's guessed token, for a grid.)   2. The input is (1-lam) the cell + lam the guess, without gradient into it.
+    1. The model's own guess of the current cell: where its greedy action would have led from the cell before. (Our reading, for a
+       grid, of the paper's guessed token.)   2. The input is (1-lam) the cell + lam the guess, without gradient into it.
     3. l_t = -log pi(a_t | that input).   4. c_t = sum_{i>=t} gamma^(i-t) l_i, not detached: a step answers for what follows.
     5. L = sum l_t c_t / sum c_t. gamma = 0 is taken to mean the plain mean of l_t, and lam = gamma = 0 is SFT.
     """
@@ -819,7 +860,7 @@ def ift_loss(lake, weights, trajectories, lam=0.2, gamma=0.95):
 
 
 def ift(lake, reference, beta, rng):
-    """IFT of a network on the chosen trajectories of 512 pairs. It has no reference, and no preference either."""
+    """IFT of a network on the chosen trajectories of 512 pairs. It uses neither the reference nor the rejected ones."""
     chosen = {key: value[None, :, 0] for key, value in ranked_samples(lake, reference, 512, rng).items()}
     weights = new_networks(lake, 1, 32, torch.Generator().manual_seed(int(rng.integers(2**31))))
     weights = adam(lambda weights: ift_loss(lake, weights, chosen).sum(), weights, steps=150, lr=0.01)
@@ -828,17 +869,17 @@ def ift(lake, reference, beta, rng):
 
 # --- The table --------------------------------------------------------------------------------------------------------
 # The numbers are the strengths of the optima: beta times the margin h at which p times the slope of the loss for "success won"
-# balances 1-p times its slope for "failure won"; for DPO p s(-beta h) = (1-p) s(beta h), so beta h = logit p = 1.
-# MinorDPO stays at the reference, where its loss has a kink (d = 0): with ties among the pairs leaving pays only if
-# 2(1-p) < (2p-1) P(failure), and never at p = .73.
+# balances 1-p times its slope for "failure won". For DPO, p s(-beta h) = (1-p) s(beta h), so beta h = logit p = 1.
+# MinorDPO stays at the reference, where its loss has a kink (d = 0): since some pairs are ties, leaving it pays only if
+# 2(1-p) < (2p-1) P(failure), which no P(failure) allows at p = .73.
 
 METHODS = {
-    "SFT": lambda lake, reference, beta, rng: (reference, reference),                  # imitates its own trajectories
+    "SFT": lambda lake, reference, beta, rng: (reference, reference),                  # to imitate itself changes nothing
     "Preferred-FT": preferred_ft, "Best-of-4": best_of_n(4),
     "PPO, exact gradient": ppo_exact, "PPO, sampled": ppo(), "ESPO, sampled": ppo(**ESPO),
     "DPO": population("dpo", 1),                                                    # beta h = logit p = 1
     "cDPO": population("cdpo", logit(0.9 * WIN + 0.1 * (1 - WIN))),                 # smoothing .1
-    "robust DPO": population("robust", 1, flip=0.1),                                # smoothing .1, and a tenth of labels is wrong
+    "robust DPO": population("robust", 1, flip=0.1),                                # smoothing .1, and a tenth of the labels wrong
     "IPO": population("ipo", (2 * WIN - 1) / 2),                                    # the mean of +-1/(2 tau)
     "SLiC hinge": population("hinge", 1),                                           # its kink, since p > 1/2
     "RSO": rso,
@@ -853,8 +894,8 @@ METHODS = {
 
 
 def methods_table(lake, reference, beta, seed=0, progress=None):
-    """A row (dict) for every method: its columns (see `score`), "own": max TV to its own known optimum, seconds, policy. A method whose
-    loss float64 does not hold, on slippery ice at a large beta, is left out and named on stderr."""
+    """A row (dict) for every method: the columns of `score`, "own": max TV to its own known optimum, seconds, policy. A method whose
+    loss cannot be computed in float64 (on slippery ice, at a large beta) is left out and named on stderr."""
     optimum, rows = soft_optimal_policy(lake, reference, beta), []
     for name, method in METHODS.items():
         if progress:
@@ -872,9 +913,11 @@ def methods_table(lake, reference, beta, seed=0, progress=None):
 
 
 def convergence_curves(lake, reference, beta, seed=0):
-    """{name: max TV to pi* at every evaluation of DPO's L-BFGS}, {name: E[R] - beta KL at every iteration of PPO, 4 seeds}."""
+    """{name: the least max TV to pi* up to every evaluation of DPO's L-BFGS}, {name: E[R] - beta KL after every iteration of PPO
+    (4 seeds, iterations)}."""
     distances, worths = {}, {}
-    for slip in sorted({0.0, lake.slip or 0.2}):
+    slippery = lake.slip if lake.slip > 0 else 0.2
+    for slip in (0.0, slippery):
         other, path = FrozenLake(lake.rows, slip, lake.horizon), []
         optimum = soft_optimal_policy(other, reference, beta)
         minimise_over_policies(other, reference, beta, history=path, steps=100)
@@ -891,33 +934,37 @@ def convergence_curves(lake, reference, beta, seed=0):
 # === 9. The IFT experiment ============================================================================================
 # Intuitive Fine-Tuning's Frozen Lake (2405.11870): a two-layer policy sees one optimal and one sub-optimal trajectory. The paper
 # states neither map, width, steps nor seeds, and gives the order DPO, IFT, ORPO, SFT, best first. What we find: over all cells
-# the means come in that order at width 64, by 1 or 2 s.e., and not at width 16 or 256; on the trajectory SFT, ORPO and IFT are
-# level and DPO is last. All four do worse over all cells than no training at all.
+# the means are in that order at width 64, with gaps of 1 or 2 s.e., but not at width 16 or 256; on the trajectory SFT, ORPO and
+# IFT are level and DPO is last. Over all cells all four do worse than no training at all.
 
 PAPER_ORDER = ("DPO", "IFT", "ORPO", "SFT")
 IFT_SETTINGS = ({"width": 16}, {"width": 256}, {"steps": 50}, {"steps": 600}, {"lam": 0.0}, {"lam": 0.5})
 
 
 def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20, seed=0):
-    """{method: {"trajectory", "all cells": MSE to pi*, "success": (seeds,)}}; every seed has its own network and trajectories.
-    SFT and IFT see the optimal one, DPO and ORPO the pair, PPO, which the paper left out, the reward (exact gradient). The
-    reference is the untrained network; "all cells" are those (t,s) that can be reached."""
+    """{method: {"trajectory": MSE to pi*, "all cells": likewise, "success": rate}}, each (seeds,); every seed has its own network
+    and trajectories. SFT and IFT see the optimal one, DPO and ORPO the pair; PPO, which the paper left out, sees the reward (exact
+    gradient). The reference is the untrained network; "all cells" are those (t,s) that can be reached."""
     lake, rng = FrozenLake("4x4"), np.random.default_rng(seed)
     uniform = uniform_policy(lake)
 
-    def one_each(policy, returns):                                                  # arrays (seeds, 1, ...)
+    def draw(policy, returns):                                                      # one trajectory a seed: arrays (seeds, 1, ...)
         batch = sample_trajectories(lake, policy, 200 * seeds, rng)
         found = np.flatnonzero(batch["return"] == returns)[:seeds, None]
         return {key: value[found] for key, value in batch.items()}
-    good, bad = one_each(soft_optimal_policy(lake, uniform, 0.05), 1), one_each(uniform, 0)
+    good = draw(soft_optimal_policy(lake, uniform, 0.05), 1)                        # 6 steps: who reaches the goal took a shortest way
+    bad = draw(uniform, 0)
     start = new_networks(lake, seeds, width, torch.Generator().manual_seed(seed))
     log_reference = network_policy(lake, start)
 
+    def logps(log_policy, batch):                                                   # every seed's log pi(tau), as `trajectory_logps`
+        return F.pad(log_policy.flatten(1), (0, 1)).gather(1, torch.tensor(batch["steps"][:, 0])).sum(1)
+
     def pair(loss, weights):
-        logps = [F.pad(table.flatten(1), (0, 1)).gather(1, torch.tensor(batch["steps"][:, 0])).sum(1)
-                 for table in (network_policy(lake, weights), log_reference) for batch in (good, bad)]
-        lengths = [torch.tensor(batch["length"][:, 0], dtype=torch.float64) for batch in (good, bad)]
-        return LOSSES[loss](*logps, beta=beta, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
+        log_policy = network_policy(lake, weights)
+        good_length, bad_length = (torch.tensor(batch["length"][:, 0], dtype=torch.float64) for batch in (good, bad))
+        return LOSSES[loss](logps(log_policy, good), logps(log_policy, bad), logps(log_reference, good), logps(log_reference, bad),
+                            beta=beta, chosen_lengths=good_length, rejected_lengths=bad_length)
     losses = {"untrained": None, "SFT": lambda weights: ift_loss(lake, weights, good, lam=0, gamma=0),
               "ORPO": lambda weights: pair("orpo", weights), "IFT": lambda weights: ift_loss(lake, weights, good, lam, gamma),
               "DPO": lambda weights: pair("dpo", weights),
@@ -943,8 +990,8 @@ def mean_and_error(runs, axis=0):
 
 
 def order_of(result, metric):
-    """The paper's four methods by mean error, best first, and for each neighbouring pair of the paper's order the z-score of
-    the difference (paired over seeds): z < -2 the paper's order holds there, z > 2 it is reversed."""
+    """The paper's four methods by mean error, best first, and for each two neighbours in the paper's order the z-score of their
+    difference (paired over seeds): if z < -2 the paper's order holds there, if z > 2 it is reversed."""
     order = sorted(PAPER_ORDER, key=lambda name: result[name][metric].mean())
     scores = {}
     for better, worse in zip(PAPER_ORDER, PAPER_ORDER[1:]):
@@ -954,13 +1001,14 @@ def order_of(result, metric):
 
 
 # === 10. Failures =====================================================================================================
-# Bandits: one state, K arms, pairs (winner, loser) that always come out the same way. DPO leaves the reference whatever beta
-# is; IPO and MPO-style stop. And where arms share features, mass goes to an arm that no pair has shown.
+# Bandits: one state, K arms, and pairs (winner, loser) that always come out the same way. DPO moves away from the reference for
+# ever, whatever beta is; IPO and MPO-style stop. And where arms share features, mass goes to an arm that is in no pair.
 
 def bandit(loss, pairs, reference, beta, steps=0):
     """The policy over arms on deterministic preferences: Adam's path (steps,K), or with steps=0 the minimiser. beta is tau for
     IPO; "mpo" is -E s(log pi_w - log pi_l) - beta E_ref log pi. With steps, beta may be G numbers: the paths (steps,G,K)."""
-    (winner, loser), beta = torch.tensor(pairs).T, torch.as_tensor(beta, dtype=torch.float64)
+    winner, loser = torch.tensor(pairs).T
+    beta = torch.as_tensor(beta, dtype=torch.float64)
     log_reference = torch.tensor(reference, dtype=torch.float64).log()
     policy = lambda logits: torch.log_softmax(log_reference + logits, -1)
     path = []
@@ -989,13 +1037,14 @@ def bandit_figures(taus=(0.1, 0.5, 1.0), steps=3000):
 
 
 def unseen_arm(beta=0.1, steps=500, copies=20, width=16, seed=0):
-    """DPO on a over b beside a third arm c that no pair shows -> log pi (steps, copies, 3), losses (steps, copies).
+    """DPO on a over b, with a third arm c that is in no pair -> log pi (steps, copies, 3), losses (steps, copies).
 
-    A ReLU network scores the features a = 1, b = 0, c = 3, so what raises a by z raises c by 3z; in a table (`bandit`) c's logit
-    has no gradient. All start at pi_ref = (.49, .49, .02).
+    A ReLU network without biases scores the features a = 1, b = 0, c = 3, so what raises a by z raises c by 3z. In a table
+    (`bandit`) c's logit has no gradient. All copies start at pi_ref = (.49, .49, .02).
     """
     log_reference = torch.tensor([0.49, 0.49, 0.02], dtype=torch.float64).log()
-    features, generator = torch.tensor([[1.0], [0.0], [3.0]], dtype=torch.float64), torch.Generator().manual_seed(seed)
+    features = torch.tensor([[1.0], [0.0], [3.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     start = [normal(copies, 1, width), normal(copies, width, 1) / math.sqrt(width)]
     scores = lambda w: (torch.relu(features @ w[0]) @ w[1])[..., 0]                 # (copies,3)
@@ -1012,8 +1061,8 @@ def unseen_arm(beta=0.1, steps=500, copies=20, width=16, seed=0):
 
 
 # === 11. Figures ======================================================================================================
-# Matplotlib is imported where it is used, so that importing this file needs numpy and torch alone. The colours are Okabe and
-# Ito's, safe for the colour-blind.
+# Matplotlib is imported where it is used, so that importing this file does not need it. The colours are Okabe and Ito's, safe for
+# the colour-blind.
 
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#999999"
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
@@ -1033,8 +1082,9 @@ def panels(path, columns, width, height, rows=1):
 
 
 def plot_maps(lake, policies, path):
-    """{title: policy} as maps: colour is the expected number of visits, arrows the actions taken there, averaged over steps."""
-    rows, (high, wide) = math.ceil(len(policies) / 3), lake.shape
+    """{title: policy} as maps: colour is the expected number of visits, arrows are the actions taken there, averaged over steps."""
+    high, wide = lake.shape
+    rows = math.ceil(len(policies) / 3)
     y, x = np.divmod(np.arange(len(lake.P)), wide)
     most = max(2, *(visits(lake, policy).sum(0)[~lake.terminal].max() for policy in policies.values()))
     with panels(path, 3, 11.9, 3.9 * rows * min(max(high / wide, 0.4), 3), rows) as axes:         # a corridor has room for its title
@@ -1046,7 +1096,7 @@ def plot_maps(lake, policies, path):
                     ax.fill_between([x[s] - 0.5, x[s] + 0.5], y[s] - 0.5, y[s] + 0.5, lw=0,
                                     color=YELLOW if letter == "G" else GREY)
                 ax.text(x[s] - 0.33, y[s] - 0.3, letter.strip("F"), ha="center", va="center", weight="bold")
-            share = 0.45 * taken / np.maximum(heat, 1e-9)[:, None]                   # half a cell is certainty
+            share = 0.45 * taken / np.maximum(heat, 1e-9)[:, None]                   # certainty is an arrow of nearly half a cell
             for action, (dy, dx) in enumerate(MOVES):
                 some = (share[:, action] > 0.02) & (heat > 0.005)
                 ax.quiver(x[some], y[some], dx * share[some, action], dy * share[some, action], angles="xy",
@@ -1091,13 +1141,14 @@ def plot_slip(curve, path):
                 ax.plot(curve["slip"], curve[name, column], style, color=colour, label=legend)
             ax.set(xlabel="slip", ylabel=label)
             ax.legend(fontsize=10)
-        axes[0].set(title="DPO misses the optimum", ylim=(-0.02, max(0.5, 1.05 * max(curve["DPO", "tv"].max(), curve["luck"].max()))))
+        top = max(0.5, 1.05 * max(curve["DPO", "tv"].max(), curve["luck"].max()))
+        axes[0].set(title="DPO misses the optimum", ylim=(-0.02, top))
 
 
 # === 12. The command line =============================================================================================
 
 def print_table(lake, best, rows):
-    """`methods_table`'s rows, below the `score` of pi* itself."""
+    """Print the rows of `methods_table`, under the `score` of pi* itself."""
     print(f"\n{'method':20s}   own TV      MSE   max TV KL(*||pi) E[R]-bKL  success cells seconds")
     for row in [{"method": "pi*", "own": None, "seconds": 0.0, **best}] + rows:
         own = "-" if row["own"] is None else f"{row['own']:.1e}"
@@ -1111,7 +1162,7 @@ def print_table(lake, best, rows):
 
 
 def print_ift(result):
-    """What `ift_experiment` returns, with standard errors, and the order of the methods."""
+    """Print what `ift_experiment` returns, with standard errors, and the order of the methods."""
     print("\nIFT's Frozen Lake: one optimal, one sub-optimal trajectory, two-layer policy, 20 seeds (MSE, mean +- s.e.)")
     print(f"{'':10s}{'trajectory':>22s}{'all cells':>22s}{'success':>10s}")
     for name, runs in result.items():
@@ -1124,7 +1175,7 @@ def print_ift(result):
 
 
 def main(arguments=None):
-    """The command line: all tables, and three figures in --out -> exit code, 2 for a bad argument."""
+    """The command line: prints all tables, saves three figures in --out and returns the exit code, 2 for a bad argument."""
     parser = argparse.ArgumentParser("gridworld.py", description="Frozen Lake: every method against the exact optimum.")
     parser.add_argument("--map", default="4x4", help="4x4, 8x8 or rows such as SFF/FHF/FFG (default 4x4)")
     parser.add_argument("--slip", type=float, default=0.0, help="chance of not going where one meant to (default 0)")
@@ -1147,7 +1198,7 @@ def main(arguments=None):
         print(f"gridworld.py: error: {error}", file=sys.stderr)
         return 2
     reference = walker_policy(lake)
-    torch.set_num_threads(1)                                                        # the tensors are small: threads only wait
+    torch.set_num_threads(1)                                                        # small tensors: more threads would only wait
     print(f"{'/'.join(lake.rows)}  horizon {lake.horizon}  slip {lake.slip:.3g}  beta {beta:g}  seed {seed}\nreference: "
           f"success {expected_return(lake, reference):.4f}, luck of the moves (s.d.) {luck(lake, reference, beta):.3f}")
 
@@ -1169,7 +1220,8 @@ def main(arguments=None):
     print("\nslip curve (4x4, horizon 8)  " + "".join(f"{slip:8.2f}" for slip in curve["slip"]))
     for key in ("luck", ("DPO", "tv"), ("regret", "tv"), ("pi*", "objective"), ("DPO", "objective"), ("pi*", "success"),
                 ("DPO", "success")):
-        print(f"  {key if key == 'luck' else ' '.join(key):27s}" + "".join(f"{value:8.4f}" for value in curve[key]))
+        label = key if key == "luck" else " ".join(key)
+        print(f"  {label:27s}" + "".join(f"{value:8.4f}" for value in curve[key]))
     plot_slip(curve, out / "gridworld_slip.png")
 
     print_ift(ift_experiment(seed=seed))
@@ -1182,9 +1234,10 @@ def main(arguments=None):
           + ", ".join(f"{loss} {tau}: {p[-1]:.4f}" for (loss, tau), p in two.items()))
     for tau, policy in three.items():
         print(f"Three arms a > b > c, IPO, tau {tau}: " + ", ".join(f"{p:.3f}" for p in policy))
-    path, losses = (x[[0, -1]].mean(1) for x in unseen_arm())
-    print("DPO on a > b with shared features: loss {:.3f} -> {:.3f}, log pi(a) {:.2f} -> {:.2f}, log pi(c), never shown, "
-          "{:.2f} -> {:.2f}".format(*losses, *path[:, 0], *path[:, 2]))
+    path, losses = unseen_arm()
+    path, losses = path[[0, -1]].mean(1), losses[[0, -1]].mean(1)                   # the first and the last step, means over copies
+    print(f"DPO on a > b with shared features: loss {losses[0]:.3f} -> {losses[1]:.3f}, log pi(a) {path[0, 0]:.2f} -> {path[1, 0]:.2f}, "
+          f"log pi(c), never shown, {path[0, 2]:.2f} -> {path[1, 2]:.2f}")
     print(f"\nfigures in {out}/; {time.perf_counter() - started:.0f} s")
     return 0
 

@@ -1,4 +1,4 @@
-"""Solutions of the exercises. `DPO_MODULE=solutions pytest` grades them; so does every ordinary run of the tests."""
+"""Solutions to the exercises. `DPO_MODULE=solutions pytest` grades them; so does every ordinary run of the tests."""
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ def sequence_logps(model, tokens, mask):
 def sft_loss(model, tokens, mask):
     """Supervised fine-tuning: the mean negative log-probability of a response token, a scalar in nats per token.
 
-    Arguments as in sequence_logps. All response tokens of the batch weigh the same, so a long response weighs more than a
+    Arguments as in sequence_logps. All response tokens of the batch count the same, so a long response counts for more than a
     short one: divide the batch's sum by the batch's number of response tokens.
 
         L = -sum_rows log pi(y|x) / sum_rows |y|
@@ -36,8 +36,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
              beta=0.1, label_smoothing=0.0):
     """The DPO loss of each pair, and the rewards that the policy implies (arXiv 2305.18290, Eq 7).
 
-    All arguments (B,): summed log-probabilities in nats. beta: reward units per nat. label_smoothing: e, the chance that a
-    label is flipped, in [0, 0.5). Returns losses (B,), not their mean, chosen_rewards (B,) and rejected_rewards (B,), the
+    The first four arguments (B,): summed log-probabilities in nats. beta: reward units per nat. label_smoothing: e, the chance
+    that a label is flipped, in [0, 0.5). Returns losses (B,), not their mean, chosen_rewards (B,) and rejected_rewards (B,), the
     latter two without gradient. The losses must stay finite, and so must their gradient, at margins of 1e5 in float32.
 
         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l)
@@ -56,8 +56,9 @@ def dpo_gradient(policy_chosen_logps, policy_rejected_logps, reference_chosen_lo
                  beta=0.1, label_smoothing=0.0):
     """The gradient of the *sum* of dpo_loss's losses, by hand: no autograd.
 
-    Arguments as in dpo_loss. Returns two tensors (B,): the derivatives by policy_chosen_logps and by policy_rejected_logps,
-    in loss units per nat. Take the derivative with pen and paper first; for e = 0 it is the weight of the paper's gradient:
+    Arguments as in dpo_loss. Returns two tensors (B,): the derivatives with respect to policy_chosen_logps and to
+    policy_rejected_logps, in loss units per nat. Take them with pen and paper first; for e = 0 they hold the weight in the
+    paper's gradient:
 
         dL/d log pi(y_w) = -beta s(-z),   dL/d log pi(y_l) = +beta s(-z)              (e = 0; find the general case)
 
@@ -73,7 +74,7 @@ def reward_model_loss(chosen_scores, rejected_scores):
     """The reward model's loss of each pair: minus the log-likelihood of its label under Bradley-Terry.
 
     chosen_scores, rejected_scores (B,): the scores of the two completions, in reward units. Returns losses (B,), not their
-    mean, finite at margins of 1e5 in float32.
+    mean; they must stay finite at margins of 1e5 in float32.
 
         p(y_w > y_l) = s(score_w - score_l)
 
@@ -86,8 +87,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (arXiv 1506.02438).
 
     rewards, values (B,T): the reward paid for a token, and the critic's value of the text before it. They may hold anything
-    where mask (B,T) is False; the response is one run of tokens without a gap. Returns advantages and returns (B,T), both 0
-    where mask is False, not whitened. Behind the last response token V and A are 0.
+    where mask (B,T) is False; the response is one run of tokens without a gap. Returns advantages, not whitened, and returns
+    (B,T), both 0 where mask is False. After the last response token V and A are 0.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
 
@@ -95,18 +96,20 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """
     mask = mask.bool()
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
-    advantages, A, next_value = torch.zeros_like(values), 0.0, 0.0
+    advantages = torch.zeros_like(values)
+    A = next_value = 0.0                                                         # A_{t+1} and V_{t+1}
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         A = torch.where(mask[:, t], delta + gamma * lam * A, 0)
-        advantages[:, t], next_value = A, values[:, t]
+        advantages[:, t] = A
+        next_value = values[:, t]
     return advantages, advantages + values
 
 
 def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
-    """PPO's policy loss (arXiv 1707.06347, Eq 7) and value loss (clipped, as its codes have it) of each token, and the ratio.
+    """PPO's policy loss (arXiv 1707.06347, Eq 7) and value loss (clipped, as PPO's codes have it) of each token, and the ratio.
 
-    All arguments (B,T). Returns policy_loss, value_loss, both 0 where mask is 0, and ratio, all (B,T).
+    All tensors (B,T). Returns policy_loss and value_loss, both 0 where mask is 0, and ratio, all (B,T).
 
         ratio  = pi / pi_old
         policy = -min( ratio A, clip(ratio, 1-clip, 1+clip) A )
@@ -124,8 +127,8 @@ def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, 
 def soft_value_iteration(P, reward, terminal, reference, beta):
     """The policy that maximises E[sum of rewards] - beta KL(pi || reference) in H steps, from the last step backwards.
 
-    Numpy arrays. P (S,A,S): transition probabilities. reward (S,): paid on *entering* a state. terminal (S,) bool: there the
-    episode is over and pays nothing more, so Q is 0 and the policy stays the reference. reference (H,S,A): positive
+    All are numpy arrays. P (S,A,S): transition probabilities. reward (S,): paid on *entering* a state. terminal (S,) bool: the
+    episode ends there and pays nothing more, so Q is 0 and the policy stays at the reference. reference (H,S,A): positive
     probabilities. beta: reward units per nat; it may be .001, where exp(Q/beta) overflows unless the maximum is taken out.
     Returns the policy (H,S,A). With V_H = 0:
 
@@ -139,8 +142,8 @@ def soft_value_iteration(P, reward, terminal, reference, beta):
     """
     V, policy = np.zeros(len(P)), np.empty_like(reference)
     for t in reversed(range(len(reference))):
-        Q = P @ (reward + V) * ~terminal[:, None]                                # (S, A)
-        top = Q.max(-1, keepdims=True)
+        Q = np.where(terminal[:, None], 0.0, P @ (reward + V))                   # (S, A)
+        top = Q.max(-1, keepdims=True)                                           # taken out, so that the exponentials cannot overflow
         weights = reference[t] * np.exp((Q - top) / beta)
         V = top[:, 0] + beta * np.log(weights.sum(-1))
         policy[t] = weights / weights.sum(-1, keepdims=True)
