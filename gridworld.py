@@ -132,8 +132,7 @@ def uniform_policy(lake):
 
 def walker_policy(lake, skill=0.5):
     """The stand-in for an SFT model: with chance `skill` a step towards the goal, else a random one. In 8 steps it reaches the
-    goal of the 4x4 map in 1 of 5 episodes, a uniform policy in 3 of 1,000: then the two returns of a pair would hardly ever differ.
-    """
+    goal of the 4x4 map in 1 of 5 episodes, a uniform policy in 3 of 1,000: the returns of a pair would then hardly ever differ."""
     closer = lake.distance[lake.intended] < lake.distance[:, None]                          # does it lead closer to the goal? (S,A)
     ways = closer.sum(1, keepdims=True)                                                     # how many do  (S,1)
     step = np.where(ways > 0, skill * closer / np.maximum(ways, 1) + (1 - skill) / 4, 0.25)
@@ -175,7 +174,7 @@ def kl_divergence(lake, policy, other):
 
 def cells_visited(lake, policy, share=0.01):
     """How many cells are entered by at least one episode in a hundred. Each cell in turn is made absorbing."""
-    ever = np.eye(len(lake.P))                              # the chance of being on a cell, now or later: (where one is now, the cell)
+    ever = np.eye(len(lake.P))                                                              # [s, cell]: P(on cell, now or later | on s)
     for t in reversed(range(lake.horizon)):
         ever = np.einsum("sa,sap->sp", policy[t], lake.P) @ ever
         np.fill_diagonal(ever, 1.0)
@@ -183,8 +182,7 @@ def cells_visited(lake, policy, share=0.01):
 
 
 def total_variation(lake, policy, other, reference):
-    """The largest half L1 distance between the laws of the next action, among the (t,s) that the reference reaches: data says
-    nothing about the others."""
+    """Half the L1 distance of the actions' laws, at the worst (t,s) that the reference reaches: data says nothing about the others."""
     return float(0.5 * np.abs(policy - other).sum(-1)[visits(lake, reference) > 0].max())
 
 
@@ -248,7 +246,7 @@ def sample_trajectories(lake, policy, n, rng):
     for t in range(lake.horizon):
         now = state[:, t]
         live = ~lake.terminal[now]
-        # an index drawn from a law: how many of its cumulative sums are below a uniform number (clip: the last may round to below 1)
+        # to draw an index, count the cumulative sums below a uniform number (clip: the last sum may round to below 1)
         action = (policy[t, now].cumsum(-1) < rng.random((n, 1))).sum(-1).clip(max=3)
         outcome = (lake.chance.cumsum() < rng.random((n, 1))).sum(-1).clip(max=len(lake.chance) - 1)
         state[:, t + 1] = lake.next[now, action, outcome]
@@ -278,10 +276,10 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
 # Take a loss that is convex in the log-ratios d. It does not rise when each d is replaced by the mean of d over the trajectories
 # of the same return (Jensen). By Jensen again, E exp(d) >= exp(E d): the total mass is then at most 1. What is missing is given to
 # all alike, by a constant added to every d; that changes no h (and raises pi(y_w), which RPO, SFT, MinorDPO and unlikelihood
-# reward). So the best law is pi_ref(tau) exp(u(R)), with one number u(0) for failure and one, u(1), for success. (EXO and
-# chi-squared PO are not convex, but their best law has this form too: under it every pair is at its own minimum.) As the mass is 1,
-# one number gives the other, and bisection finds it to the last digit. This law can be played by a policy (H,S,A), because the
-# weight still to come depends only on the cell and the step: `tilt` computes it backwards.
+# reward). So the best law is pi_ref(tau) exp(u(R)): one number u(0) for failure, one, u(1), for success. (EXO and chi-squared PO
+# are not convex, but their best law has this form too: under it every pair is at its own minimum.) As the mass is 1, the difference
+# u(1) - u(0) gives both, and bisection finds it to the last digit. The law belongs to a policy (H,S,A), because the weight still
+# to come depends only on the cell and the step: `tilt` computes it backwards.
 #                                                            [test_gridworld_return_law_is_the_minimiser_over_policies]
 
 RETURNS = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -292,8 +290,8 @@ SMOOTH = ("dpo", "cdpo", "robust", "ipo")                                    # s
 def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     """The minimiser (H,S,A) of the infinite-data loss of dpo.LOSSES[loss]. Cells that the reference never reaches keep its actions.
 
-    On deterministic ice it is exact, for all losses but orpo and simpo. On slippery ice only sft, which is exact there too, and
-    dpo, cdpo, robust and ipo are on offer. These four are not convex in the policy there: the result is the minimum that descent
+    On deterministic ice it is exact, for all losses but orpo and simpo. On slippery ice it is available for sft, where it is exact
+    too, and for dpo, cdpo, robust and ipo. These four are not convex in the policy there: the result is the minimum that descent
     from near the reference reaches, and others may be lower.             [test_gridworld_slippery_objective_has_other_minima]
     flip: the chance that a label is reversed. ValueError for bad arguments and, on deterministic ice, if there is no minimiser;
     OverflowError on slippery ice if beta times the log-ratios spans too wide a range for the series of `pair_expectation`.
@@ -317,9 +315,8 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
 def tilt(lake, base, log_weights):
     """The policy (H,S,A) of least cross-entropy to the law base(tau) exp(log_weights[R])/Z of trajectories.
 
-    m_t(s) = sum_a base_t(a|s) E m_{t+1}(s') is the weight still to come, and pi_t(a|s) = base_t(a|s) E m_{t+1}(s') / m_t(s), all
-    in logarithms, because exp(1/beta) may overflow. On deterministic ice the policy's law *is* the tilted law. `base` need not be
-    normalised.
+    m_t(s) = sum_a base_t(a|s) E m_{t+1}(s') is the weight still to come; pi_t(a|s) = base_t(a|s) E m_{t+1}(s') / m_t(s). All are
+    logarithms, as exp(1/beta) may overflow. On deterministic ice the policy's law *is* the tilted law. `base` may be unnormalised.
     """
     log_end = np.where(lake.reward > 0, log_weights[1], log_weights[0])
     log_m, policy = log_end, np.empty_like(base)
@@ -332,7 +329,7 @@ def tilt(lake, base, log_weights):
 
 
 def chosen_weights(lake, reference, flip=0.0):
-    """(2,), for the returns R = 0 and 1: log of P(the winner returns R) / P(pi_ref returns R) = 2 E s(R - R'), R' the opponent's."""
+    """(2,): log( P(the winner returns R) / P(pi_ref returns R) ) for R = 0 and 1; that is log 2 E s(R - R'), R' the opponent's."""
     return np.log(2 * ((1 - flip) * WINS + flip * WINS.T).numpy() @ return_masses(lake, reference))
 
 
@@ -414,9 +411,8 @@ def minimise(objective, x, steps=300, tolerance=1e-9):
 
 
 def best_policy(lake, reference, objective, steps=300):
-    """The policy (H,S,A) of least objective(log_policy), by descent from the reference. The logits are measured in units of
-    1/sqrt(how often the reference takes that action), so rare ones are learnt as fast as common ones; cells that the reference
-    never reaches keep its actions.
+    """The policy (H,S,A) of least objective(log_policy), by descent from the reference. The unit of a logit is 1/sqrt(how often
+    the reference takes that action): rare ones are learnt as fast as common ones, and cells it never reaches keep its actions.
 
     On slippery ice descent starts 1/1000 away from the reference, which can be a saddle of the preference losses: in cells from
     which the goal is out of reach their slope is zero there, but with a small beta their curvature is negative."""
@@ -444,7 +440,7 @@ def fit_pairs(lake, reference, trajectories, wins, beta, loss="dpo", steps=300, 
     def objective(log_policy):
         logps = trajectory_logps(log_policy, trajectories)
         losses = LOSSES[loss](logps[i], logps[j], ref[i], ref[j], beta=beta, **hyper)
-        return weight @ losses / beta**2                                                    # over beta^2: as in section 7
+        return weight @ losses / beta**2                                                    # over beta^2 its curvature is about one
     return best_policy(lake, reference, objective, steps)
 
 
@@ -477,9 +473,9 @@ def convergence(sizes=(1000, 3162, 10_000, 31_623, 100_000), seeds=8, beta=0.5, 
 #                                                                              [test_gridworld_pair_expectation_is_exact]
 
 def pair_expectation(lake, reference, steps, f, reward=None):
-    """E f(d_1 - d_2) over pairs of the reference's trajectories, for an even and smooth f. d is a trajectory's sum of steps[t,s,a]
-    (H,S,A), and of reward[s'] (S,) if that is given. OverflowError if 256 terms do not give 9 digits: then |d_1 - d_2| spans too
-    many of f's widths."""
+    """E f(d_1 - d_2) over pairs of the reference's trajectories, for an even and smooth f. d is the sum of steps[t,s,a] (H,S,A)
+    and, if given, of reward[s'] (S,). OverflowError if 256 terms do not give 9 digits: |d_1 - d_2| then spans too many of f's
+    widths."""
     live, chance, reference = torch.tensor(~lake.terminal), torch.tensor(lake.chance), torch.tensor(reference)
     reward = torch.tensor(np.zeros(len(lake.P)) if reward is None else reward)
     most = least = torch.zeros_like(reward)                                 # the largest and the least d, by dynamic programming
@@ -487,7 +483,7 @@ def pair_expectation(lake, reference, steps, f, reward=None):
         most = torch.where(live, (steps[t].detach() + (reward + most)[lake.next].amax(-1)).amax(-1), 0.0)
         least = torch.where(live, (steps[t].detach() + (reward + least)[lake.next].amin(-1)).amin(-1), 0.0)
     width = max((most - least)[lake.start].item(), 1e-3)                    # so |d_1 - d_2| <= width
-    # least squares with cosines of period 4 width, not 2 width: f is not periodic, and with room to spare few terms give 13 digits
+    # least squares with cosines of period 4 width, not 2 width: f need not be periodic then, and a few terms give 13 digits
     for K in (24, 32, 64, 128, 256):
         x = torch.cos(math.pi * (torch.arange(4 * K, dtype=torch.float64) + 0.5) / (4 * K))
         w = 0.5 * math.pi * torch.arange(K, dtype=torch.float64)
@@ -520,9 +516,9 @@ def winner_minus_loser(lake, reference, advantage=None):
 
 def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, anchor=None, flip=0.0, history=None,
                            steps=300, **hyper):
-    """The policy of least population loss. advantage: labels compare its sums, not the returns. anchor: the policy below the line of
-    the log-ratios, by default the reference; the reference draws the pairs in any case. history: a list to which the policy of
-    every evaluation is appended.
+    """The policy of least population loss. advantage: labels compare its sums, not the returns. anchor: the policy in the
+    denominator of the log-ratios, by default the reference; pairs are always drawn from the reference. history: a list to which
+    the policy of every evaluation is appended.
 
     Let h = d_1 - d_2 for a pair in the order it was drawn, and p the chance that the first wins. With f split into an even and an
     odd part, E[p f(h) + (1-p) f(-h)] = E even(h) + E[(2p-1) odd(h)]. The losses in SMOOTH have a linear odd part, -k h, so the
@@ -549,8 +545,7 @@ def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, an
 
 
 def advantages(lake, reference, beta):
-    """A*_t(s,a) = Q* - V* = beta log pi*/pi_ref, minus the regret. With labels that compare its sums, DPO is right on any ice
-    (CPL, 2310.13639)."""
+    """A*_t(s,a) = Q* - V* = beta log pi*/pi_ref, minus the regret. Labelled by its sums, DPO is exact on any ice (CPL, 2310.13639)."""
     _, V, Q = soft_value_iteration(lake, check(lake, reference, beta), beta)
     return Q - V[:-1, :, None]
 
@@ -622,8 +617,8 @@ def pair_loss(loss, **hyper):
 
 
 def population(loss, strength=None, flip=0.0, **hyper):
-    """A method: the minimiser of a loss of dpo.LOSSES on infinite data, or on samples if the ice is slippery and the loss is not
-    SMOOTH. Its own optimum, on deterministic ice, is pi_ref(tau) exp(strength R/beta)/Z."""
+    """A method: the minimiser of a loss of dpo.LOSSES on infinite data (on slippery ice: on samples, if it is not SMOOTH). Its
+    own optimum, on deterministic ice, is pi_ref(tau) exp(strength R/beta)/Z."""
     def method(lake, reference, beta, rng):
         if not (lake.deterministic or loss in SMOOTH):
             return on_samples(pair_loss(loss, **hyper))(lake, reference, beta, rng)
@@ -658,8 +653,7 @@ def best_of_n(N, n=50_000):
 # --- Relatives of DPO -------------------------------------------------------------------------------------------------
 
 def rejection_sample(lake, reference, n, rng, beta):
-    """RSO's sampler: keep a draw of the reference with chance exp((R - r_max)/beta). Of 10 n draws; n of those kept, chosen with
-    replacement."""
+    """RSO's sampler: keep a draw of the reference with chance exp((R - r_max)/beta) -> n of those kept, with replacement."""
     pool = sample_trajectories(lake, reference, 10 * n, rng)
     kept = np.flatnonzero(rng.random(10 * n) < np.exp((pool["return"] - pool["return"].max()) / beta))
     chosen = rng.choice(kept, n)
@@ -783,8 +777,7 @@ def ppo(clip=0.2, stop=None, epochs=4, iterations=60, episodes=1024, lr=0.1, his
             reward = np.zeros(live.shape)
             reward[live] = -beta * (old_logps - log_reference.flatten()[step]).numpy()
             reward[np.arange(episodes), batch["length"] - 1] += batch["return"]
-            # 3. advantages: the reward still to come, less its mean over all visits to that cell at that step (GAE with
-            #    gamma = lambda = 1)
+            # 3. advantages: the reward still to come, less its mean over all visits to (t,s)   (GAE with gamma = lambda = 1)
             to_go = reward[:, ::-1].cumsum(1)[:, ::-1][live]
             cell = step // 4                                                        # the index of (t,s)
             baseline = np.bincount(cell, to_go) / np.maximum(np.bincount(cell), 1)
@@ -853,7 +846,7 @@ def ift_loss(lake, weights, trajectories, lam=0.2, gamma=0.95):
         inputs = (1 - lam) * inputs + lam * network_inputs(lake, guess, times)                    # 2
     losses = -look(inputs).gather(-1, torch.tensor(steps % 4)[..., None])[..., 0] * mask          # 3
     if gamma == 0:
-        return losses.sum((1, 2)) / mask.sum((1, 2))
+        return (losses.sum(-1) / mask.sum(-1)).mean(-1)
     ahead = np.subtract.outer(np.arange(lake.horizon), np.arange(lake.horizon))                   # i - t
     to_come = losses @ torch.tensor(np.tril(gamma ** np.maximum(ahead, 0.0)))                     # 4
     return ((losses * to_come).sum(-1) / to_come.sum(-1).clamp(min=1e-300)).mean(-1)              # 5
@@ -913,8 +906,8 @@ def methods_table(lake, reference, beta, seed=0, progress=None):
 
 
 def convergence_curves(lake, reference, beta, seed=0):
-    """{name: the least max TV to pi* up to every evaluation of DPO's L-BFGS}, {name: E[R] - beta KL after every iteration of PPO
-    (4 seeds, iterations)}."""
+    """{name: max TV to pi*, best so far, at every evaluation of DPO's L-BFGS}, on deterministic ice and on slippery ice (the lake's
+    own, or .2); {name: E[R] - beta KL after every iteration of PPO (4 seeds, iterations)}."""
     distances, worths = {}, {}
     slippery = lake.slip if lake.slip > 0 else 0.2
     for slip in (0.0, slippery):
@@ -942,8 +935,8 @@ IFT_SETTINGS = ({"width": 16}, {"width": 256}, {"steps": 50}, {"steps": 600}, {"
 
 
 def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20, seed=0):
-    """{method: {"trajectory": MSE to pi*, "all cells": likewise, "success": rate}}, each (seeds,); every seed has its own network
-    and trajectories. SFT and IFT see the optimal one, DPO and ORPO the pair; PPO, which the paper left out, sees the reward (exact
+    """{method: {"trajectory" and "all cells": MSE to pi*, "success": rate}}, each (seeds,); every seed has its own network and
+    trajectories. SFT and IFT see the optimal one, DPO and ORPO the pair; PPO, which the paper left out, sees the reward (exact
     gradient). The reference is the untrained network; "all cells" are those (t,s) that can be reached."""
     lake, rng = FrozenLake("4x4"), np.random.default_rng(seed)
     uniform = uniform_policy(lake)
@@ -952,7 +945,7 @@ def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20,
         batch = sample_trajectories(lake, policy, 200 * seeds, rng)
         found = np.flatnonzero(batch["return"] == returns)[:seeds, None]
         return {key: value[found] for key, value in batch.items()}
-    good = draw(soft_optimal_policy(lake, uniform, 0.05), 1)                        # 6 steps: who reaches the goal took a shortest way
+    good = draw(soft_optimal_policy(lake, uniform, 0.05), 1)                        # 6 steps: every success is a shortest way
     bad = draw(uniform, 0)
     start = new_networks(lake, seeds, width, torch.Generator().manual_seed(seed))
     log_reference = network_policy(lake, start)
@@ -1158,7 +1151,7 @@ def print_table(lake, best, rows):
     if not lake.deterministic:
         print("On slippery ice SLiC, RSO, EXO, chi-squared PO, RPO, MinorDPO and Plackett-Luce have no exact minimiser here:\n"
               f"like ORPO, SimPO, KTO and MPO-style they are trained on {PAIRS} sampled pairs, and over-fit them.\n"
-              "RSO with a small beta accepts hardly a failure, so its pairs are ties, labelled by coin.")
+              "RSO with a small beta accepts hardly any failures, so its pairs are ties, labelled by the toss of a coin.")
 
 
 def print_ift(result):

@@ -566,7 +566,7 @@ def test_chipo_clips_its_margin():
     far = dpo.LOSSES["chipo"](zero + 51.3, zero + 43.6, zero, zero, beta=0.4, r_max=1.5)
     close(far, [-LOG_S(3)], "the clip's loss, though e^51 and e^44 are far from each other", 1e-6)
 
-    def check_equal(loss):                                                       # e^d + d - e^d - d is 0, in float32 only if like is taken from like
+    def check_equal(loss):                                                       # e^d + d - e^d - d is not 0 in float32
         for d in (0.0, 5.0, 20.0, 30.0, 60.0):
             close(loss(zero + d, zero + d, zero, zero, beta=0.4), [LN2], f"equal log-ratios of {d} make a tie", 1e-6)
     check_equal(dpo.LOSSES["chipo"])
@@ -2717,8 +2717,8 @@ def test_gridworld_ift_objective_by_hand():
     actions = batch["steps"] % 4
     log_policy = gw.network_policy(lake, weights)[0]
     nll = [[-log_policy[t, states[0, b, t], actions[0, b, t]] for t in range(4) if mask[0, b, t]] for b in range(3)]
-    loss = gw.ift_loss(lake, weights, batch, lam=0, gamma=0)[0]
-    assert abs(loss - sum(map(sum, nll)) / mask.sum()) < 1e-12
+    loss = gw.ift_loss(lake, weights, batch, lam=0, gamma=0)[0]              # per trajectory, then over them, as `dpo.ift_loss` has it
+    assert abs(loss - sum(sum(l) / len(l) for l in nll) / 3) < 1e-12 < abs(loss - sum(map(sum, nll)) / mask.sum())
 
     def by_hand(detach):
         total = 0
@@ -3012,7 +3012,7 @@ PAIR = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
     (b'{"prompt": "p", "chosen": "c"}', "missing"),
     *[(PAIR.replace('"c"', value).encode(), complaint) for value, complaint in [
         ("null", "null"), ("3", "string"), ('" "', "empty"), ("[]", "string"), (json.dumps("a" + " " * 2 ** 20), "blanks"),
-                                                                                 (json.dumps("long " * 99), "tokens")]]], ids=lambda x: repr(x)[:60])
+        (json.dumps("long " * 99), "tokens")]]], ids=lambda value: repr(value)[:60])
 def test_faults_of_data_end_before_training(world, tmp_path, capfd, line, complaint):
     """Exit code 2 and one line, path:line: what is wrong; nothing is written. For the texts of sft and the prompts of ppo too."""
     for stage in ("dpo", "rm") if b"tokens" in complaint.encode() else ("dpo", "rm", "sft", "ppo"):

@@ -121,7 +121,7 @@ def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, 
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     value_loss = 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square())
-    return policy_loss * mask, value_loss * mask, ratio
+    return policy_loss.masked_fill(mask == 0, 0), value_loss.masked_fill(mask == 0, 0), ratio
 
 
 def soft_value_iteration(P, reward, terminal, reference, beta):
@@ -143,7 +143,7 @@ def soft_value_iteration(P, reward, terminal, reference, beta):
     V, policy = np.zeros(len(P)), np.empty_like(reference)
     for t in reversed(range(len(reference))):
         Q = np.where(terminal[:, None], 0.0, P @ (reward + V))                   # (S, A)
-        top = Q.max(-1, keepdims=True)                                           # taken out, so that the exponentials cannot overflow
+        top = Q.max(-1, keepdims=True)                                           # taken out, or the exponentials overflow
         weights = reference[t] * np.exp((Q - top) / beta)
         V = top[:, 0] + beta * np.log(weights.sum(-1))
         policy[t] = weights / weights.sum(-1, keepdims=True)
