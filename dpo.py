@@ -2004,7 +2004,7 @@ def run_preferences(world: World, stage="DPO", loss="dpo", beta=BETA, steps=None
 
 def run_reward_model(world: World) -> GPT:
     """A reward model fitted to the world's preferences, from the SFT policy's body and one layer more: it has to apply "not" to "good"
-    before it adds up, and with one layer gets 95% of the Bayes-optimal accuracy instead of 98%. Its accuracy goes to world.checks."""
+    before it adds up, and with one layer gets 95% of the Bayes-optimal accuracy instead of 99%. Its accuracy goes to world.checks."""
     reward_model = with_scalar_head(world.reference, extra_layers=1)
     training = preference_training(world, world.scale.reward_model_steps, 3e-3)
     world.histories["reward model"] = train_reward_model(reward_model, world.pairs, training)
