@@ -2803,8 +2803,9 @@ def run(*arguments):
 
 
 def metrics(directory):
-    """What a run has logged: a dict a step, and the summary last."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    """What a run has logged: a dict per step, and the summary last. NaN and Infinity are not JSON."""
+    refuse = lambda name: pytest.fail(f"{name} is not JSON")
+    return [json.loads(line, parse_constant=refuse) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def summary(directory):
