@@ -290,17 +290,22 @@ class GPTConfig:
             raise ValueError(f"block_size {self.block_size} or dropout {self.dropout} is out of range")
 
 
+def newest_attention(q, k, v):
+    """What `attention` gives the newest token, q (B,nh,1,hs), term by term, in the order of the cache. Without AVX-512 sampling takes
+    7 to 17% less time so than with PyTorch's kernel, if the products of one call are few enough to stay in the processor's cache."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # q (B,1,nh,hs); k, v (B,start+1,nh,hs)
+    weights = ((q * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5).softmax(1)   # (B,start+1,nh,1)
+    return (weights * v).sum(1, keepdim=True).transpose(1, 2)
+
+
 def attention(q, k, v, dropout: float = 0.0):
     """Causal attention, softmax(q k^T / sqrt(hs)) v. q, k, v (B,nh,T,hs) -> (B,nh,T,hs); nh heads of size hs. In generation only
     the newest token is a query, q (B,nh,1,hs); it sees all keys and values so far, k, v (B,nh,start+1,hs)."""
     B, n_head, T, size = q.shape
     avx2 = q.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if T == 1 and avx2 and not dropout and k.numel() < 2 ** 20:
-        # term by term, in the order of the cache: without AVX-512 sampling takes 11 to 16% less time than with PyTorch's kernel,
-        # in the demonstration's size 0 to 5%
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                         # k, v (B, start+1, nh, hs)
-        weights = ((q * k).sum(-1, keepdim=True) * size ** -0.5).softmax(1)      # (B, start+1, nh, 1)
-        return (weights * v).sum(1, keepdim=True).transpose(1, 2)
+    if T == 1 and avx2 and not dropout:
+        few = max(1, 2 ** 20 // k[0].numel())                                    # rows of a call
+        return torch.cat([newest_attention(*rows) for rows in zip(q.split(few), k.split(few), v.split(few))])
     if T == 1 or T > 256 or q.device.type != "cpu":                              # PyTorch's own kernel
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
     # with few tokens on a CPU the formula itself is faster: a DPO step of 48 tokens takes 7% less time with MKL's products, 60% less
