@@ -108,7 +108,7 @@ def check_map(map_name):
 # What the table reports of a policy is exact: sums over all trajectories are computed by sweeps over the steps, backwards for
 # what is still to come, forwards for where the walker is. No number in it is a Monte-Carlo estimate.
 
-def check(lake, reference, beta):
+def check_arguments(lake, reference, beta):
     """The reference as float64 (H,S,A), or ValueError. Zeros are refused: where pi_ref is 0, log pi/pi_ref has no value."""
     reference, shape = np.asarray(reference, dtype=float), (lake.horizon, len(lake.P), 4)
     if reference.shape != shape:
@@ -203,7 +203,7 @@ def score(lake, policy, reference, beta, optimum):
 
 def soft_optimal_policy(lake, reference, beta):
     """The policy that maximises E[R] - beta KL(pi || reference), by soft value iteration. reference and result (H,S,A)."""
-    return soft_value_iteration(lake, check(lake, reference, beta), beta)[0]
+    return soft_value_iteration(lake, check_arguments(lake, reference, beta), beta)[0]
 
 
 def soft_value_iteration(lake, reference, beta):
@@ -284,7 +284,7 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
 
 RETURNS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 WINS = torch.sigmoid(RETURNS[:, None] - RETURNS)                             # [i,j]: the chance that return i beats return j  (2,2)
-SMOOTH = ("dpo", "cdpo", "robust", "ipo")                                    # solved for infinite data on slippery ice too: section 7
+SOLVED_ON_SLIPPERY_ICE = ("dpo", "cdpo", "robust", "ipo")                    # for infinite data: section 7
 
 
 def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
@@ -296,7 +296,7 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     flip: the chance that a label is reversed. ValueError for bad arguments and, on deterministic ice, if there is no minimiser;
     OverflowError on slippery ice if beta times the log-ratios spans too wide a range for the series of `pair_expectation`.
     """
-    reference = check(lake, reference, beta)
+    reference = check_arguments(lake, reference, beta)
     if not 0 <= flip <= 1:
         raise ValueError(f"flip is a probability in [0, 1], not {flip!r}")
     if loss not in LOSSES:
@@ -306,7 +306,7 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     if lake.deterministic:
         policy = minimise_over_returns(lake, reference, pair_objective(lake, reference, beta, loss, flip, **hyper))
     elif loss == "sft":
-        policy = tilt(lake, reference, chosen_weights(lake, reference, flip))
+        policy = tilt(lake, reference, winner_log_weights(lake, reference, flip))
     else:
         policy = minimise_over_policies(lake, reference, beta, loss, flip=flip, **hyper)
     return np.where((visits(lake, reference) > 0)[:, :, None], policy, reference)
@@ -328,7 +328,7 @@ def tilt(lake, base, log_weights):
     return policy
 
 
-def chosen_weights(lake, reference, flip=0.0):
+def winner_log_weights(lake, reference, flip=0.0):
     """(2,): log( P(the winner returns R) / P(pi_ref returns R) ) for R = 0 and 1; that is log 2 E s(R - R'), R' the opponent's."""
     return np.log(2 * ((1 - flip) * WINS + flip * WINS.T).numpy() @ return_masses(lake, reference))
 
@@ -521,12 +521,12 @@ def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, an
     the policy of every evaluation is appended.
 
     Let h = d_1 - d_2 for a pair in the order it was drawn, and p the chance that the first wins. With f split into an even and an
-    odd part, E[p f(h) + (1-p) f(-h)] = E even(h) + E[(2p-1) odd(h)]. The losses in SMOOTH have a linear odd part, -k h, so the
-    labels matter only through expected counts of steps. For DPO, -log s(beta h) = log(2 cosh(beta h / 2)) - beta h / 2.
+    odd part, E[p f(h) + (1-p) f(-h)] = E even(h) + E[(2p-1) odd(h)]. The losses in SOLVED_ON_SLIPPERY_ICE have a linear odd part,
+    -k h, so the labels matter only through expected counts of steps. For DPO, -log s(beta h) = log(2 cosh(beta h / 2)) - beta h / 2.
     What is minimised, and printed nowhere, is the loss less its value at h = 0, over beta^2.
     """
-    if loss not in SMOOTH:
-        raise ValueError(f"{loss}: no exact minimiser on slippery ice (only {', '.join(SMOOTH)} and sft)")
+    if loss not in SOLVED_ON_SLIPPERY_ICE:
+        raise ValueError(f"{loss}: no exact minimiser on slippery ice (only {', '.join(SOLVED_ON_SLIPPERY_ICE)} and sft)")
     def f(h):
         zero = torch.zeros_like(h)
         return LOSSES[loss](h, zero, zero, zero, beta=beta, **hyper)
@@ -546,7 +546,7 @@ def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, an
 
 def advantages(lake, reference, beta):
     """A*_t(s,a) = Q* - V* = beta log pi*/pi_ref, minus the regret. Labelled by its sums, DPO is exact on any ice (CPL, 2310.13639)."""
-    _, V, Q = soft_value_iteration(lake, check(lake, reference, beta), beta)
+    _, V, Q = soft_value_iteration(lake, check_arguments(lake, reference, beta), beta)
     return Q - V[:-1, :, None]
 
 
@@ -617,10 +617,10 @@ def pair_loss(loss, **hyper):
 
 
 def population(loss, strength=None, flip=0.0, **hyper):
-    """A method: the minimiser of a loss of dpo.LOSSES on infinite data (on slippery ice: on samples, if it is not SMOOTH). Its
-    own optimum, on deterministic ice, is pi_ref(tau) exp(strength R/beta)/Z."""
+    """A method: the minimiser of a loss of dpo.LOSSES on infinite data (on samples, for a loss that is not SOLVED_ON_SLIPPERY_ICE there).
+    Its own optimum, on deterministic ice, is pi_ref(tau) exp(strength R/beta)/Z."""
     def method(lake, reference, beta, rng):
-        if not (lake.deterministic or loss in SMOOTH):
+        if not (lake.deterministic or loss in SOLVED_ON_SLIPPERY_ICE):
             return on_samples(pair_loss(loss, **hyper))(lake, reference, beta, rng)
         known = lake.deterministic and strength is not None
         own = tilt(lake, reference, [0.0, strength / beta]) if known else None
@@ -632,7 +632,7 @@ def population(loss, strength=None, flip=0.0, **hyper):
 
 def preferred_ft(lake, reference, beta, rng):
     """SFT on the winners of pairs."""
-    return population_dpo(lake, reference, beta, "sft"), tilt(lake, reference, chosen_weights(lake, reference))
+    return population_dpo(lake, reference, beta, "sft"), tilt(lake, reference, winner_log_weights(lake, reference))
 
 
 def best_of_n(N, n=50_000):
@@ -800,7 +800,7 @@ def ppo(clip=0.2, stop=None, epochs=4, iterations=60, episodes=1024, lr=0.1, his
     return method
 
 
-ESPO = {"clip": None, "stop": 0.25, "epochs": 10}
+ESPO_SETTINGS = {"clip": None, "stop": 0.25, "epochs": 10}
 
 
 # --- Intuitive fine-tuning (IFT) and its two-layer policy ---------------------------------------------------------------
@@ -869,7 +869,7 @@ def ift(lake, reference, beta, rng):
 METHODS = {
     "SFT": lambda lake, reference, beta, rng: (reference, reference),                  # to imitate itself changes nothing
     "Preferred-FT": preferred_ft, "Best-of-4": best_of_n(4),
-    "PPO, exact gradient": ppo_exact, "PPO, sampled": ppo(), "ESPO, sampled": ppo(**ESPO),
+    "PPO, exact gradient": ppo_exact, "PPO, sampled": ppo(), "ESPO, sampled": ppo(**ESPO_SETTINGS),
     "DPO": population("dpo", 1),                                                    # beta h = logit p = 1
     "cDPO": population("cdpo", logit(0.9 * WIN + 0.1 * (1 - WIN))),                 # smoothing .1
     "robust DPO": population("robust", 1, flip=0.1),                                # smoothing .1, and a tenth of the labels wrong
@@ -916,7 +916,7 @@ def convergence_curves(lake, reference, beta, seed=0):
         minimise_over_policies(other, reference, beta, history=path, steps=100)
         errors = [total_variation(other, policy, optimum, reference) for policy in path]
         distances[f"DPO, slip {slip:.2g}"] = np.minimum.accumulate(errors)
-    for name, settings in (("PPO, clipped", {}), ("ESPO, no clip", ESPO)):
+    for name, settings in (("PPO, clipped", {}), ("ESPO, no clip", ESPO_SETTINGS)):
         runs = [[] for _ in range(4)]
         for k, run in enumerate(runs):
             ppo(**settings, history=run)(lake, reference, beta, np.random.default_rng((seed, k)))
@@ -1112,9 +1112,10 @@ def plot_convergence(distances, worths, levels, pairs, path):
             middle.fill_between(range(1, len(mean) + 1), mean - error, mean + error, color=colour, alpha=0.3)
         for (name, level), colour, style in zip(levels.items(), ("black", BLUE), ("--", ":")):
             middle.axhline(level, color=colour, ls=style, label=name)
-        middle.set(xlabel="iterations of 1024 episodes", ylabel="E[R] - $\\beta$ KL (reward)", title="policy gradients, 4 seeds")
-        n, (mean, error) = pairs["sizes"], mean_and_error(pairs["errors"], 1)
-        right.errorbar(n, mean, error, fmt="o", color=BLUE, capsize=4, label=f"DPO, 8 seeds (slope {pairs['slope']:.2f})")
+        middle.set(xlabel="iterations of 1024 episodes", ylabel="E[R] - $\\beta$ KL (reward)",
+                   title=f"policy gradients, {len(runs)} seeds")
+        n, seeds, (mean, error) = pairs["sizes"], pairs["errors"].shape[1], mean_and_error(pairs["errors"], 1)
+        right.errorbar(n, mean, error, fmt="o", color=BLUE, capsize=4, label=f"DPO, {seeds} seeds (slope {pairs['slope']:.2f})")
         right.loglog(n, mean[-1] * (n / n[-1]) ** -0.5, color=ORANGE, ls="--", label="$n^{-1/2}$")
         right.set(xlabel="preference pairs n", ylabel="rms error of the policy", title="DPO on sampled pairs, 3x3 lake")
         for ax in (left, middle, right):
@@ -1156,7 +1157,8 @@ def print_table(lake, best, rows):
 
 def print_ift(result):
     """Print what `ift_experiment` returns, with standard errors, and the order of the methods."""
-    print("\nIFT's Frozen Lake: one optimal, one sub-optimal trajectory, two-layer policy, 20 seeds (MSE, mean +- s.e.)")
+    seeds = len(result["DPO"]["success"])
+    print(f"\nIFT's Frozen Lake: one optimal, one sub-optimal trajectory, two-layer policy, {seeds} seeds (MSE, mean +- s.e.)")
     print(f"{'':10s}{'trajectory':>22s}{'all cells':>22s}{'success':>10s}")
     for name, runs in result.items():
         errors = "".join("{:13.4f} +- {:.4f}".format(*mean_and_error(runs[metric])) for metric in ("trajectory", "all cells"))

@@ -2311,7 +2311,7 @@ def test_gridworld_imitation_of_flipped_winners():
     found = gw.population_dpo(lake, reference, 0.4, "sft", flip=0.2)
 
     def check(flip):
-        assert worst_tv(lake, gw.tilt(lake, reference, gw.chosen_weights(lake, reference, flip)), found, reference) < 1e-9
+        assert worst_tv(lake, gw.tilt(lake, reference, gw.winner_log_weights(lake, reference, flip)), found, reference) < 1e-9
     check(0.2)
     rejects(check, 0.0)
     slippery = gw.FrozenLake(SMALL, 0.3)
