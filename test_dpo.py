@@ -42,6 +42,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 import time
 import warnings
 import zlib
@@ -1007,7 +1008,8 @@ def test_gpt_equals_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("setting", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
-                                     {"layer_norm_epsilon": 1e-6}, {"activation_function": "gelu"}], ids=lambda setting: [*setting][0])
+                                     {"layer_norm_epsilon": 1e-6}, {"activation_function": "gelu"}, {"model_type": "gpt_neo"}],
+                         ids=lambda setting: [*setting][0])
 def test_foreign_settings_of_gpt2_are_refused(tmp_path, setting):
     """Weights trained under another arithmetic would give other logits here: one line instead. The usual settings pass."""
     tiny_gpt().save_pretrained(tmp_path)
@@ -1016,6 +1018,19 @@ def test_foreign_settings_of_gpt2_are_refused(tmp_path, setting):
         (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
         with pytest.raises(ValueError, match="GPT-2") if refused else contextlib.nullcontext():
             GPT.from_pretrained(tmp_path)
+
+
+def test_an_untied_head_is_refused(tmp_path):
+    """A head that equals the token embeddings, as some files hold it, is read; another would be dropped silently, so it is refused."""
+    from safetensors.torch import load_file, save_file
+    model, tokens = tiny_gpt(), torch.randint(11, (2, 20))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embeddings = next(value for name, value in tensors.items() if name.endswith("wte.weight"))
+    for head, refused in ((embeddings.clone(), False), (embeddings + 1e-3, True)):
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="untied head") if refused else contextlib.nullcontext():
+            close(GPT.from_pretrained(tmp_path)(tokens), model(tokens), tolerance=1e-6)
 
 
 def test_public_names_are_found_in_the_cache(tmp_path, monkeypatch):
@@ -1163,7 +1178,8 @@ def test_samples_follow_the_model():
 @pytest.mark.parametrize("options, law", [
     ({}, [0.4, 0.3, 0.2, 0.1]), ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]), ({"temperature": 0}, [1, 0, 0, 0]),
     ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]), ({"top_k": 9}, [0.4, 0.3, 0.2, 0.1]), ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),
-    ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]), ({"top_p": 0.1}, [1, 0, 0, 0])], ids=str)
+    ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]), ({"top_p": 0.1}, [1, 0, 0, 0]),
+    ({"temperature": 0.25}, [256 / 354, 81 / 354, 16 / 354, 1 / 354])], ids=str)
 def test_temperature_top_k_and_top_p(options, law):
     """Probabilities .4 .3 .2 .1: temperature 1/2 squares them, top_k keeps k, top_p the fewest that hold p; then renormalise."""
     torch.manual_seed(0)
@@ -1172,6 +1188,22 @@ def test_temperature_top_k_and_top_p(options, law):
     counts = torch.bincount(order[dpo.sample_from(logits, **options)], minlength=4).tolist()
     check_law(counts, law)
     rejects(lambda law: check_law(counts, law), law[::-1])
+
+
+def test_generate_passes_its_settings_on():
+    """With top_k 1, or a top_p below any probability, what generate samples is what it writes greedily; a top_p that is exactly the
+    mass of the first token lets no second one in. Rejected: no limits."""
+    model = tiny_gpt(seed=2)
+    greedy = generate(model, [[1], [2, 3]] * 8, 8, temperature=0)
+
+    def check(options):
+        torch.manual_seed(0)
+        assert generate(model, [[1], [2, 3]] * 8, 8, **options) == greedy
+    check({"top_k": 1}), check({"top_p": 1e-6})
+    rejects(check, {})
+    halves = torch.tensor([0.5, 0.25, 0.25]).log().expand(200, 3)
+    assert halves.softmax(-1)[0, 0] == 0.5 and not dpo.sample_from(halves, top_p=0.5).any()
+    assert dpo.sample_from(halves, top_p=0.6).any()
 
 
 def test_generate_cuts_long_prompts_on_the_left_and_refuses_the_impossible():
@@ -1417,9 +1449,9 @@ def test_dropout_is_off_in_dpo():
     rejects(check, True)
 
 
-def live_dpo(model, reference):
+def live_dpo(model, reference, size=4):
     """DPO the long way: the reference is asked anew at each step, and both sides of every pair pass the model on their own."""
-    pairs, training = tiny_pairs(), Training(6, 1e-2, 4, warmup=0.0)
+    pairs, training = tiny_pairs(), Training(6, 1e-2, size, warmup=0.0)
     rows = dpo.shuffled(len(pairs), training, pairs.prompt_index)
 
     def side(index, step):
@@ -1429,7 +1461,7 @@ def live_dpo(model, reference):
         with torch.no_grad():
             ref = [sequence_logps(reference, *batch[name]) for name in ("chosen", "rejected")]
         return dpo.dpo_loss(*(sequence_logps(model, *batch[name]) for name in ("chosen", "rejected")), *ref, 0.1)[0].sum(), {}
-    batches = lambda step: [{"count": 4, "chosen": side(pairs.chosen, step), "rejected": side(pairs.rejected, step)}]
+    batches = lambda step: [{"count": size, "chosen": side(pairs.chosen, step), "rejected": side(pairs.rejected, step)}]
     return dpo.fit("live", model, batches, loss, training, quiet=True)
 
 
@@ -1443,12 +1475,12 @@ def test_dpo_training_equals_a_plain_loop(n_layer, width, rate):
     prompts = [words(rng.randint(2, 9)) for _ in range(24)]
     texts = [words(rng.randint(1, 20)) + [36] for _ in range(48)]
     pairs = Pairs(prompts * 2, texts, np.arange(24), 24 + np.arange(24), np.arange(24))
-    training = Training(10, rate, 8, warmup=0.0, decay=False)
+    training = Training(10, rate, 8, warmup=0.0, decay=False, clip=0.5, eps=1e-4)
     found = column(dpo.train_preferences(copy.deepcopy(reference), reference, pairs, training, 0.5, quiet=True), "loss")
 
-    def check(beta, mean=False):
+    def check(beta, mean=False, clip=0.5, eps=1e-4):
         model, rows = copy.deepcopy(reference), dpo.shuffled(24, training, pairs.prompt_index)
-        optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.99), training.eps, 0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.99), eps, 0.0)
 
         def logps(model, which):
             tokens, mask = pad([(prompts * 2)[i] for i in which], [texts[i] for i in which])
@@ -1461,11 +1493,11 @@ def test_dpo_training_equals_a_plain_loop(n_layer, width, rate):
             loss = -F.logsigmoid(beta * (logps(model, w) - ref_w - logps(model, l) + ref_l)).mean()
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             close(found[step], loss.item(), "the trainer's losses differ from a plain loop's", tolerance=1e-4)
     check(0.5)
-    rejects(lambda wrong: check(*wrong), (0.4,), (0.5, True))
+    rejects(lambda wrong: check(*wrong), (0.4,), (0.5, True), (0.5, False, 10.0), (0.5, False, 0.5, 1e-8))
 
 
 def test_cached_reference_equals_live():
@@ -1476,6 +1508,8 @@ def test_cached_reference_equals_live():
     def check(history):
         close(column(history, "loss"), cached, "the reference must stay where it was", 1e-4)
     check(live_dpo(tiny_gpt(), tiny_gpt()))
+    history = train_dpo(tiny_gpt(), tiny_gpt(), batch_size=7)                    # steps that reach into the next epoch
+    close(column(history, "loss"), column(live_dpo(tiny_gpt(), tiny_gpt(), 7), "loss"), tolerance=1e-4)
     policy = tiny_gpt()
     updated = live_dpo(policy, policy)
     close(column(updated, "loss"), torch.full((6,), LN2), tolerance=1e-6)
@@ -1544,6 +1578,15 @@ def test_load_preferences(tmp_path):
     first, second, third = dpo.load_preferences(path)
     assert (first.prompt, first.chosen, first.rejected) == ("p", "c", "r") and second.chosen == "é<|endoftext|>"
     assert third.prompt + third.chosen == "user: prompt\n\nassistant: chosen"
+
+
+def test_conversations_of_several_turns(tmp_path):
+    """Turns are joined by a blank line, in preferences and in `sft`'s "messages"; a blank turn among others is allowed."""
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "why"}]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}, {"text": "plain"}])
+    assert list(dpo.read_texts(path, "text")) == [(1, "user: hello\n\nassistant: \n\nuser: why"), (2, "plain")]
+    with pytest.raises(ValueError, match="chat.jsonl:1: field 'prompt' is missing"):
+        list(dpo.read_texts(path, "prompt"))
 
 
 TURNS = '[{"role": "user", "content": "p"}]', '[{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]'
@@ -1717,14 +1760,20 @@ def test_train_ppo_follows_its_settings(monkeypatch):
     losses, rollout, parts = dpo.ppo_losses, dpo.ppo_rollout, dpo.micro_batches_of
 
     def check(followed):
-        clips, betas, orders = set(), [], []
-        monkeypatch.setattr(dpo, "ppo_losses", lambda *batch: clips.add(batch[7:]) or losses(*batch))
+        clips, betas, orders, means = set(), [], [], []
+
+        def recorded(*batch):
+            found = losses(*batch)
+            clips.add(batch[7:]), means.append(found[0].sum().item() / batch[6].sum().item())
+            return found
+        monkeypatch.setattr(dpo, "ppo_losses", recorded)
         monkeypatch.setattr(dpo, "ppo_rollout", lambda *state: betas.append(state[-1]) or rollout(*state))
         monkeypatch.setattr(dpo, "micro_batches_of", lambda rows, training: orders.append(list(rows)) or parts(rows, training))
         torch.manual_seed(0)
         history = dpo.train_ppo(tiny_gpt(), tiny_gpt(n_outputs=1), tiny_gpt(seed=1), ragged(16)[0], lambda p, c: torch.ones(len(c)),
                                 followed, Training(8, 1e-2), quiet=True)
         assert clips == {(settings.clip, settings.value_clip)}
+        close(column(history, "policy_loss"), means, "a mean over tokens", tolerance=1e-5)
         for row in history:
             close(row["loss"], row["policy_loss"] + settings.value_weight * row["value_loss"], tolerance=1e-5)
         close(betas, [0.5, dpo.adapt_beta(0.5, history[0]["kl"], settings.target_kl, 16, settings.kl_horizon)])
@@ -1733,6 +1782,30 @@ def test_train_ppo_follows_its_settings(monkeypatch):
     check(settings)
     rejects(check, *(dpo.replace(settings, **{name: value}) for name, value in dict(clip=0.2, value_clip=0.2, value_weight=0.1,
                                                                                      target_kl=None, minibatch=16).items()))
+
+
+def test_ppo_rollout_follows_its_settings():
+    """gamma and lam reach the advantages, missing_eos what an unended completion scores, and stop_at_eos False gives every completion
+    all its tokens, none of which counts as unended. Rejected: each setting at its default."""
+    policy, reference, critic = tiny_gpt(seed=2), tiny_gpt(seed=3), tiny_gpt(n_outputs=1)
+    torch.nn.init.normal_(critic.score.weight)
+    settings = dpo.PPO(rollout=16, minibatch=16, max_new_tokens=3, gamma=0.8, lam=0.5, missing_eos=-3.0)
+    rollout = lambda ppo: (torch.manual_seed(0), dpo.ppo_rollout(policy, critic, reference, [[1], [2, 3]] * 8,
+                                                                lambda p, c: torch.full((16,), 5.0), ppo, 0.1))[1]
+
+    def check(ppo):
+        data, statistics, completions = rollout(ppo)
+        ended = [completion[-1] == 10 for completion in completions]
+        assert 0 < sum(ended) < 16
+        close(statistics["reward"], np.where(ended, 5.0, -3.0).mean(), tolerance=1e-6)
+        rewards = -0.1 * (data["old_logps"] - dpo.token_logps(reference, data["tokens"], data["mask"]))
+        rewards[dpo.last_response_token(data["mask"])] += torch.tensor(np.where(ended, 5.0, -3.0), dtype=torch.float32)
+        advantages, returns = dpo.gae(rewards, data["old_values"], data["mask"], 0.8, 0.5)
+        close(data["returns"], returns, tolerance=1e-5), close(data["advantages"], dpo.whiten(advantages, data["mask"]), tolerance=1e-5)
+    check(settings)
+    rejects(check, *(dpo.replace(settings, **change) for change in ({"gamma": 1.0}, {"lam": 0.95}, {"missing_eos": -1.0})))
+    _, statistics, completions = rollout(dpo.replace(settings, stop_at_eos=False))
+    assert all(len(completion) == 3 for completion in completions) and statistics["reward"] == 5 and statistics["ended"] == 1
 
 
 @pytest.mark.parametrize("kl, expected", [(9, 0.1 * 1.0128), (0, 0.1 * 0.9872), (6.6, 0.1 * 1.0064), (6, 0.1)])
@@ -1823,6 +1896,8 @@ def test_group_advantages_by_hand():
 
     def check(group):
         close(dpo.group_advantages(rewards, mask, group), float64(-1, 1, 0, 0)[:, None] / math.sqrt(2) * mask, tolerance=1e-4)
+        ten = torch.cat([rewards, 10 * rewards]), torch.cat([mask, mask])        # a group's own spread is its measure
+        close(dpo.group_advantages(*ten, group), torch.cat([dpo.group_advantages(rewards, mask, group)] * 2), tolerance=1e-4)
     check(2)
     rejects(check, 4)
 
@@ -1948,6 +2023,22 @@ def test_standard_error_over_groups():
     assert dpo.standard_error([1.0]) is None and dpo.standard_error([1.0, 2.0], [5, 5]) is None
 
 
+def test_best_of_n_row_is_of_the_best():
+    """Win rate, grammar and length in the table are those of the best of each N samples. Rejected: of the worst, of the first."""
+    rng = np.random.default_rng(0)
+    reward = rng.normal(size=(3, 8))
+    truth = {"reward": reward, "win": reward > 0.5, "grammatical": reward > 0, "length": np.arange(24.0).reshape(3, 8)}
+    world = types.SimpleNamespace(truth=truth, frontier=dpo.build_frontier(reward))
+    row, fours = dpo.run_best_of_n(world, 4), reward.reshape(6, 4)
+
+    def check(choose):
+        which = np.arange(6), choose(fours)
+        for name, column in (("win_rate", "win"), ("grammatical", "grammatical"), ("length", "length")):
+            close(row[name], truth[column].reshape(6, 4)[which].mean())
+    check(lambda fours: fours.argmax(1))
+    rejects(check, lambda fours: fours.argmin(1), lambda fours: np.zeros(6, int))
+
+
 def test_errors_of_limit_and_efficiency():
     """The limit's error is the distance to the mean of its halves' curves, by hand from `analytic_limit`. Where all prompts have the same
     limit, an efficiency's bootstrap error is the reward's standard error over the limit's gain, to the 10% that 200 draws leave open
@@ -1961,6 +2052,11 @@ def test_errors_of_limit_and_efficiency():
         close(dpo.frontier_error(dpo.build_frontier(rewards), kl), expected)
     check_limit((rewards[:, :30], rewards[:, 30:]))
     rejects(check_limit, (rewards[:, :30], rewards[:, :30]))
+    frontier, few = dpo.build_frontier(rewards), [2, 0, 2]                         # a resample: the same prompts in policy and limit
+    alone = dpo.Frontier(rewards[few], frontier.betas, frontier.kl[few], frontier.reward[few])
+    kl, reward = np.array([0.1, 9.0, 0.3, 9.0]), np.array([0.5, 9.0, 0.8, 9.0])
+    close(frontier.efficiency(kl, reward, few), alone.efficiency(kl[few], reward[few]))
+    rejects(lambda wrong: close(frontier.efficiency(kl, reward, few), wrong), frontier.efficiency(kl, reward))
     rng = np.random.default_rng(1)
     frontier = dpo.build_frontier(np.tile(rng.normal(size=(1, 500)), (300, 1)))
     reward = rng.normal(0.7, 0.4, (300, 8))
@@ -3103,6 +3199,70 @@ def test_checkpoints_that_are_refused(world, tmp_path, capfd):
     assert run(*command(world, "dpo", "--out", out, "--resume")) == 0            # the good one: done already, nothing to do
 
 
+@pytest.mark.parametrize("change", ["loss", "hyper", "learning-rate", "batch-size", "data"])
+def test_a_run_goes_on_only_with_its_own_settings(world, tmp_path, capfd, change):
+    """--resume with another loss, another number, or data that changed: exit code 2, and which of them it is. The same again goes on."""
+    data = tmp_path / "pairs.jsonl"
+    shutil.copyfile(world / "pairs.jsonl", data)
+    arguments = ["dpo", "--data", data, "--init", world / "sft", "--out", tmp_path / "out", "--batch-size", 8, "--loss", "rpo",
+                 "--hyper", "eta=1", "--learning-rate", 1e-3, "--steps", 2, "--save-every", 1]
+    assert run(*arguments) == 0 and run(*arguments, "--resume") == 0
+    capfd.readouterr()
+    if change == "data":
+        data.write_text(data.read_text().replace("the ", "The ", 1))
+    else:
+        place = arguments.index("--" + change) + 1
+        arguments[place] = {"loss": "dpo", "hyper": "eta=2", "learning-rate": 2e-3, "batch-size": 4}[change]
+        arguments = [argument for argument in arguments if change != "loss" or argument not in ("--hyper", "eta=1")]
+    assert run(*arguments, "--resume") == 2
+    assert change.replace("-", "_") in capfd.readouterr().err.replace("checksum of the data", "data")
+
+
+@pytest.mark.parametrize("option", ["--beta -1", "--beta 0", "--beta nan", "--batch-size 0", "--steps -3", "--micro-batch 0"])
+def test_numbers_out_of_range_are_refused(world, option, capsys):
+    """One line and exit code 2, before anything is read."""
+    with pytest.raises(SystemExit) as stop:
+        run(*command(world, "dpo", "--out", "unused", *option.split()))
+    assert stop.value.code == 2 and "out of range" in capsys.readouterr().err
+
+
+def test_no_model_that_a_run_reads_is_overwritten(world, tmp_path, capfd):
+    """--out may be neither --init nor --reward nor --reference, not even with --overwrite. Another directory is fine."""
+    before = weights(world / "rm")
+    for stage, name in (("ppo", "--reward"), ("dpo", "--reference")):
+        model = world / ("rm" if stage == "ppo" else "sft")
+        shutil.copytree(model, tmp_path / stage)
+        arguments = command(world, stage, "--steps", 1, name, tmp_path / stage, "--overwrite")
+        assert run(*arguments, "--out", tmp_path / stage) == 2 and "would overwrite" in capfd.readouterr().err
+        assert weights(tmp_path / stage) == weights(model) and run(*arguments, "--out", tmp_path / f"{stage} out") == 0
+    assert weights(world / "rm") == before
+
+
+def test_micro_batches_are_shared_out(monkeypatch):
+    """A step's rows in parts of micro_batch at most, and so many that each process has one. Rejected: all rows for the first process."""
+    rows = list(range(5))
+
+    def check(world, micro_batch, sizes):
+        monkeypatch.setattr(dpo, "process", lambda: (0, world))
+        parts = dpo.micro_batches_of(rows, Training(1, 1e-3, 5, micro_batch=micro_batch))
+        assert [len(part) for part in parts] == sizes and sum(parts, []) == rows
+    check(1, 10 ** 9, [5]), check(1, 2, [2, 2, 1]), check(2, 10 ** 9, [3, 2]), check(2, 2, [2, 2, 1])
+    rejects(lambda sizes: check(2, 10 ** 9, sizes), [5])
+
+
+def test_the_command_line_without_a_stage(tmp_path, monkeypatch):
+    """--fast, --seed and --out reach the demonstration, and --sweep three seeds from --seed on. Rejected: seed 0, the whole scale."""
+    done = []
+    monkeypatch.setattr(dpo, "demonstrate", lambda scale, seed, out, note: done.append((scale, seed, out)))
+    monkeypatch.setattr(dpo, "sweep", lambda seeds, out, scale, note: done.append((list(seeds), scale.prompts, out)))
+    assert run("--out", tmp_path) == run("--fast", "--seed", 3, "--out", tmp_path) == run("--sweep", "--seed", 4, "--out", tmp_path) == 0
+
+    def check(fast):
+        assert done == [(dpo.Scale(), 0, tmp_path), fast, ([4, 5, 6], 8192, tmp_path)]
+    check((dpo.FAST, 3, tmp_path))
+    rejects(check, (dpo.FAST, 0, tmp_path), (dpo.Scale(), 3, tmp_path))
+
+
 def limited(limit, arguments):
     """Run with files limited to `limit` bytes: beyond, writing fails as on a full disk."""
     def job():
@@ -3234,6 +3394,126 @@ def test_ppo_compares_rewards_of_the_same_prompts(world, tmp_path, monkeypatch):
     rejects(check, asked[0], asked[-3])                                          # of all prompts; of a rollout
     summary = metrics(tmp_path / "out")[-1]
     assert summary["prompts"] == len(asked[-1]) and summary["reward_before_se"] > 0 and summary["held_out_kl_se"] > 0
+
+
+class Caught(Exception):
+    """Ends a stage where a test has what it wanted."""
+
+
+def caught(monkeypatch, name, *arguments):
+    """What a stage passes to dpo.<name> -> the positional and the named arguments."""
+    def stop(*found, **more):
+        raise Caught(found, more)
+    with monkeypatch.context() as patch, pytest.raises(Caught) as stopped:
+        patch.setattr(dpo, name, stop)
+        run(*arguments)
+    return stopped.value.args
+
+
+def test_dpo_stage_passes_its_options_on(world, tmp_path, monkeypatch):
+    """Beta, loss, hyper-parameters, micro-batches and the rest reach the trainer, and only pairs whose prompts are not held out.
+    Rejected: defaults; all pairs."""
+    (model, reference, pairs, training, beta, loss, hyper), more = caught(
+        monkeypatch, "train_preferences", *command(
+            world, "dpo", "--out", tmp_path / "out", "--beta", 0.3, "--loss", "rpo", "--hyper", "eta=2", "--micro-batch", 4, "--fsdp",
+            "--compile", "--save-every", 5, "--seed", 9))
+    assert (beta, loss, hyper, training.steps, training.batch_size, training.micro_batch, training.learning_rate, training.seed) == (
+        0.3, dpo.LOSSES["rpo"], {"eta": 2}, 12, 8, 4, 1e-2, 9)
+    assert more["run"].fsdp and more["run"].compile and more["run"].save_every == 5
+    everything = dpo.load_preferences(world / "pairs.jsonl")
+
+    def check(lines):
+        assert [pair.line for pair in everything if not dpo.is_held_out(pair.prompt)] == list(lines) and len(lines) < len(everything)
+    check(pairs.lines)
+    rejects(check, [pair.line for pair in everything])
+    (_, pairs, _), _ = caught(monkeypatch, "train_reward_model", *command(world, "rm", "--out", tmp_path / "out"))
+    check(pairs.lines)
+
+
+def test_learning_rate_falls_with_the_models_width(world, tmp_path, monkeypatch):
+    """By default (128 / width)^2 of what it is at width 128, and no more in narrower models. Rejected: the same for all."""
+    def check(rate, width):
+        tiny_gpt(300, n_embd=width, n_layer=1, block_size=64, eos_token_id=299).save_pretrained(tmp_path / str(width))
+        dpo.save_tokenizer(dpo.read_tokenizer(world / "sft"), tmp_path / str(width))
+        (*_, training, _, _, _), _ = caught(monkeypatch, "train_preferences", "dpo", "--data", world / "pairs.jsonl",
+                                            "--init", tmp_path / str(width), "--out", tmp_path / "out")
+        close(training.learning_rate, rate)
+    check(5e-4, 64), check(5e-4 / 4, 256)
+    rejects(lambda rate: check(rate, 256), 5e-4)
+
+
+def test_ppo_stage_passes_its_options_on(world, tmp_path, monkeypatch):
+    """Steps are epochs over the prompts that are not held out, times PPO's passes and minibatches; the reward is the reward model's
+    score, its mean and spread taken away. Rejected: a reward with its sign turned round."""
+    (policy, critic, reference, prompts, reward, ppo, training), _ = caught(
+        monkeypatch, "train_ppo", "ppo", "--data", world / "prompts.jsonl", "--init", world / "sft", "--reward", world / "rm",
+        "--epochs", 2, "--batch-size", 8, "--minibatch", 4, "--ppo-epochs", 3, "--max-new-tokens", 8, "--beta", 1,
+        "--out", tmp_path / "out")
+    kept = [text for _, text in dpo.read_texts(world / "prompts.jsonl", "prompt") if not dpo.is_held_out(text)]
+    tokenizer, scorer = dpo.read_tokenizer(world / "sft"), GPT.from_pretrained(world / "rm")
+    assert [dpo.decode(tokenizer, list(map(int, prompt))) for prompt in prompts] == kept and len(kept) < 60
+    assert (ppo.epochs, ppo.rollout, ppo.minibatch, ppo.max_new_tokens) == (3, 8, 4, 8)
+    assert training.steps == math.ceil(2 * len(kept) / 8) * 3 * 2 and training.eps == 1e-5
+    completions = [[i % 250, 299] for i in range(len(prompts))]
+    scores, found = dpo.score_completions(scorer, prompts, completions), reward(prompts, completions)
+
+    def check(sign):
+        close(sign * (found - found[0]) / ppo.beta, scores - scores[0], tolerance=1e-4)      # beta 1 was divided by the same spread
+    check(1)
+    rejects(check, -1)
+
+
+def test_ppo_stage_writes_the_policy_and_its_numbers(world, tmp_path, monkeypatch):
+    """The directory holds the trained policy, not its critic; rewards before and after, and the KL, are those of the reference's and the
+    policy's completions. Rejected: the two models changed about."""
+    said, generate = [], dpo.generate
+    monkeypatch.setattr(dpo, "generate", lambda *arguments, **options: said.append(generate(*arguments, **options)) or said[-1])
+    assert run(*command(world, "ppo", "--steps", 6, "--learning-rate", 1e-2, "--out", tmp_path / "out")) == 0
+    rest = [text for _, text in dpo.read_texts(world / "prompts.jsonl", "prompt") if dpo.is_held_out(text)]
+    (policy, tokenizer), reference = dpo.open_model(tmp_path / "out", "cpu"), GPT.from_pretrained(world / "sft")
+    assert policy.score is None and len(said[-1]) == len(rest)
+    ids, scorer, numbers = [dpo.encode(tokenizer, text) for text in rest], GPT.from_pretrained(world / "rm"), summary(tmp_path / "out")
+
+    def check(before, after, policy, reference):
+        close(numbers["reward_before"], dpo.score_completions(scorer, ids, before).mean(), tolerance=1e-6)
+        close(numbers["held_out_reward"], dpo.score_completions(scorer, ids, after).mean(), tolerance=1e-6)
+        close(numbers["held_out_kl"], dpo.completion_logratios(policy, reference, ids, said[-1]).mean(), tolerance=1e-4)
+    assert numbers["held_out_kl"] != 0
+    check(said[-2], said[-1], policy, reference)
+    rejects(lambda wrong: check(*wrong), (said[-1], said[-2], policy, reference), (said[-2], said[-1], reference, policy))
+
+
+def test_held_out_numbers_by_hand(world, tmp_path, capsys):
+    """SFT's loss on the texts that it did not see; DPO's accuracy and margin on pairs whose prompts it did not see, at --beta, by the
+    stage and by `eval`; the reward that `sample` prints. Rejected: another beta, the sign turned round, all of the data."""
+    model, tokenizer = dpo.open_model(world / "sft", "cpu")
+    texts = [[*dpo.encode(tokenizer, text), 299] for _, text in dpo.read_texts(world / "texts.jsonl", "text") if dpo.is_held_out(text)]
+    assert max(map(len, texts)) <= 64
+    loss = -sum(completion_logps(model, [[]], [text]).item() for text in texts) / sum(len(text) - 1 for text in texts)
+    close(summary(world / "sft")["held_out_loss"], loss, tolerance=1e-5)
+    out = tmp_path / "out"
+    assert run(*command(world, "dpo", "--beta", 0.3, "--out", out)) == 0
+    trained = summary(out)
+    assert run("eval", "--data", world / "pairs.jsonl", "--init", out, "--reference", world / "sft", "--beta", 0.3) == 0
+    printed = capsys.readouterr().out
+    policy, pairs = GPT.from_pretrained(out).eval(), dpo.load_preferences(world / "pairs.jsonl")
+
+    def check(beta, held_out=True):
+        kept = dpo.encode_pairs(tokenizer, [pair for pair in pairs if dpo.is_held_out(pair.prompt) or not held_out], 64)
+        rewards = beta * dpo.completion_logratios(policy, model, kept.prompts, kept.completions)
+        chosen, rejected = rewards[kept.chosen], rewards[kept.rejected]
+        close(trained["margin"], (chosen - rejected).mean(), tolerance=1e-4)
+        close(trained["accuracy"], (chosen > rejected).float().mean(), tolerance=1e-6)
+        assert f"margin {(chosen - rejected).mean():.4g}" in printed
+    check(0.3)
+    rejects(lambda wrong: check(*wrong), (0.1,), (-0.3,), (0.3, False))
+    arguments = ("sample", "--init", out, "--prompt", "the plot", "--temperature", 0, "--max-new-tokens", 8)
+    assert run(*arguments, "--reference", world / "sft", "--beta", 0.3) == 0
+    printed, prompt = capsys.readouterr().out, dpo.encode(tokenizer, "the plot")
+    ratio = dpo.completion_logratios(policy, model, [prompt], generate(policy, [prompt], 8, temperature=0)).item()
+    assert f"reward {0.3 * ratio:+.2f}" in printed and f"{0.3 * ratio:+.2f}" != f"{-0.3 * ratio:+.2f}"
+    assert run(*arguments[:-4], "--top-k", 1, "--max-new-tokens", 8, "--reference", world / "sft", "--beta", 0.3) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_ppo_on_a_single_prompt(world, tmp_path, monkeypatch):
@@ -3413,13 +3693,19 @@ def test_what_we_save_loads_in_transformers(world, monkeypatch):
     close(own(tokens), model(tokens).logits, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("change", ["no regex", "merges out of order"])
+@pytest.mark.parametrize("change", ["no regex", "merges out of order", "a space before the text", "lower case", "another kind"])
 def test_tokenizers_that_cut_otherwise_are_refused(world, tmp_path, change):
     """tokenizer.json may say that words are not cut first, or merge in another order than that of the ids; the ids would be others
     here than in transformers. One line, and the unchanged file passes, whether its merges are pairs or "left right"."""
     saved = json.loads((world / "sft" / "tokenizer.json").read_text("utf-8"))
     if change == "no regex":
         saved["pre_tokenizer"]["use_regex"] = False
+    elif change == "a space before the text":
+        saved["pre_tokenizer"]["add_prefix_space"] = True
+    elif change == "lower case":
+        saved["normalizer"] = {"type": "Lowercase"}
+    elif change == "another kind":
+        saved["model"]["type"] = "WordPiece"
     else:
         saved["model"]["merges"].reverse()
     path = tmp_path / "tokenizer.json"
@@ -3612,7 +3898,12 @@ def test_demonstration_writes_what_it_promises(tmp_path, capsys, monkeypatch, pr
         monkeypatch.setattr(dpo, "two_processes", contextlib.nullcontext)
         monkeypatch.setattr(dpo, "MAX_NEW_TOKENS", 12)
         monkeypatch.setattr(dpo, "reward_model_accuracy", functools.partial(dpo.reward_model_accuracy, n=64))
+        worlds, make = [], dpo.make_world
+        monkeypatch.setattr(dpo, "make_world", lambda *arguments: worlds.append(make(*arguments)) or worlds[0])
     dpo.demonstrate(dpo.Scale(**TINY), seed=3, out=tmp_path, note="tiny")
+    if processes == 1:
+        assert all(dpo.is_held_out(prompt) for prompt, _ in worlds[0].held_out)
+        assert not any(dpo.is_held_out(dpo.decode(worlds[0].tokenizer, prompt)) for prompt in worlds[0].prompts)
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(summary["methods"]) == ["SFT", "Best-of-4", "Best-of-16", "Best-of-64", "Preferred-FT", "Unlikelihood", "PPO-RM",
                                         "PPO-GT", "DPO"]
