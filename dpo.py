@@ -866,7 +866,7 @@ class Run:
             saved = {name: saved[name] for name in ("model", "optimizer", "schedule", "step", "generators", "memory")}
         except Exception as error:                                               # zip, pickle, missing keys: each its own kind
             raise ValueError(f"{path}: not a checkpoint of this program, or cut short ({type(error).__name__})") from None
-        for name in self.settings.keys() | settings.keys():
+        for name in sorted(self.settings.keys() | settings.keys()):
             if settings.get(name) != self.settings.get(name):
                 raise ValueError(f"{path}: made with {name} = {settings.get(name)}, not {self.settings.get(name)}; "
                                  f"--resume goes on with the same data and settings only")
