@@ -3465,12 +3465,15 @@ def test_ppo_stage_passes_its_options_on(world, tmp_path, monkeypatch):
 def test_ppo_stage_writes_the_policy_and_its_numbers(world, tmp_path, monkeypatch):
     """The directory holds the trained policy, not its critic; rewards before and after, and the KL, are those of the reference's and the
     policy's completions. Rejected: the two models changed about."""
-    said, generate = [], dpo.generate
-    monkeypatch.setattr(dpo, "generate", lambda *arguments, **options: said.append(generate(*arguments, **options)) or said[-1])
+    said, asked, generate = [], [], dpo.generate
+    monkeypatch.setattr(dpo, "generate", lambda model, *arguments, **options: asked.append(model) or
+                        said.append(generate(model, *arguments, **options)) or said[-1])
     assert run(*command(world, "ppo", "--steps", 6, "--learning-rate", 1e-2, "--out", tmp_path / "out")) == 0
     rest = [text for _, text in dpo.read_texts(world / "prompts.jsonl", "prompt") if dpo.is_held_out(text)]
     (policy, tokenizer), reference = dpo.open_model(tmp_path / "out", "cpu"), GPT.from_pretrained(world / "sft")
     assert policy.score is None and len(said[-1]) == len(rest)
+    for model, other in zip(asked[-2:], (reference, policy)):
+        close(model.wte.weight, other.wte.weight)
     ids, scorer, numbers = [dpo.encode(tokenizer, text) for text in rest], GPT.from_pretrained(world / "rm"), summary(tmp_path / "out")
 
     def check(before, after, policy, reference):
@@ -3493,6 +3496,7 @@ def test_held_out_numbers_by_hand(world, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(*command(world, "dpo", "--beta", 0.3, "--out", out)) == 0
     trained = summary(out)
+    capsys.readouterr()
     assert run("eval", "--data", world / "pairs.jsonl", "--init", out, "--reference", world / "sft", "--beta", 0.3) == 0
     printed = capsys.readouterr().out
     policy, pairs = GPT.from_pretrained(out).eval(), dpo.load_preferences(world / "pairs.jsonl")
