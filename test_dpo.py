@@ -1201,9 +1201,9 @@ def test_generate_passes_its_settings_on():
         assert generate(model, [[1], [2, 3]] * 8, 8, **options) == greedy
     check({"top_k": 1}), check({"top_p": 1e-6})
     rejects(check, {})
-    halves = torch.tensor([0.5, 0.25, 0.25]).log().expand(200, 3)
-    assert halves.softmax(-1)[0, 0] == 0.5 and not dpo.sample_from(halves, top_p=0.5).any()
-    assert dpo.sample_from(halves, top_p=0.6).any()
+    halves = torch.zeros(200, 2)                                                 # exactly 1/2 each
+    kinds = lambda top_p: len(dpo.sample_from(halves, top_p=top_p).unique())
+    assert (kinds(0.5), kinds(0.6)) == (1, 2)
 
 
 def test_generate_cuts_long_prompts_on_the_left_and_refuses_the_impossible():
@@ -1581,10 +1581,13 @@ def test_load_preferences(tmp_path):
 
 
 def test_conversations_of_several_turns(tmp_path):
-    """Turns are joined by a blank line, in preferences and in `sft`'s "messages"; a blank turn among others is allowed."""
+    """Turns are joined by a blank line, here in `sft`'s "messages"; a blank turn among others is allowed. Rejected: no blank line."""
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "why"}]
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}, {"text": "plain"}])
-    assert list(dpo.read_texts(path, "text")) == [(1, "user: hello\n\nassistant: \n\nuser: why"), (2, "plain")]
+    def check(blank):
+        assert list(dpo.read_texts(path, "text")) == [(1, blank.join(["user: hello", "assistant: ", "user: why"])), (2, "plain")]
+    check("\n\n")
+    rejects(check, "\n")
     with pytest.raises(ValueError, match="chat.jsonl:1: field 'prompt' is missing"):
         list(dpo.read_texts(path, "prompt"))
 
@@ -3226,7 +3229,7 @@ def test_numbers_out_of_range_are_refused(world, option, capsys):
 
 
 def test_no_model_that_a_run_reads_is_overwritten(world, tmp_path, capfd):
-    """--out may be neither --init nor --reward nor --reference, not even with --overwrite. Another directory is fine."""
+    """--out may be neither --reward nor --reference, not even with --overwrite. Another directory is fine."""
     before = weights(world / "rm")
     for stage, name in (("ppo", "--reward"), ("dpo", "--reference")):
         model = world / ("rm" if stage == "ppo" else "sft")
@@ -3498,7 +3501,7 @@ def test_held_out_numbers_by_hand(world, tmp_path, capsys):
     trained = summary(out)
     capsys.readouterr()
     assert run("eval", "--data", world / "pairs.jsonl", "--init", out, "--reference", world / "sft", "--beta", 0.3) == 0
-    printed = capsys.readouterr().out
+    evaluated = float(re.search(r"margin (\S+)", capsys.readouterr().out)[1])      # printed with four digits
     policy, pairs = GPT.from_pretrained(out).eval(), dpo.load_preferences(world / "pairs.jsonl")
 
     def check(beta, held_out=True):
@@ -3507,7 +3510,7 @@ def test_held_out_numbers_by_hand(world, tmp_path, capsys):
         chosen, rejected = rewards[kept.chosen], rewards[kept.rejected]
         close(trained["margin"], (chosen - rejected).mean(), tolerance=1e-4)
         close(trained["accuracy"], (chosen > rejected).float().mean(), tolerance=1e-6)
-        assert f"margin {(chosen - rejected).mean():.4g}" in printed
+        close(evaluated, trained["margin"], tolerance=1e-3 * abs(trained["margin"]))
     check(0.3)
     rejects(lambda wrong: check(*wrong), (0.1,), (-0.3,), (0.3, False))
     arguments = ("sample", "--init", out, "--prompt", "the plot", "--temperature", 0, "--max-new-tokens", 8)
