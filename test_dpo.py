@@ -900,6 +900,31 @@ def test_common_beginnings_are_computed_once(monkeypatch):
     rejects(lambda _: check(), None)
 
 
+def test_attention_pads_rows_of_similar_length_together():
+    """Rows of 5, 2, 3, 2, 9 and 1 tokens in three parts are 2 x 2, 2 x 3 and 2 x 9, 28 cells instead of 54, in which every token stands
+    once. Rejected: parts as wide as their shortest row, rows left in their order."""
+    lengths = torch.tensor([5, 2, 3, 2, 9, 1])
+    keep = torch.arange(9) == lengths[:, None] - 1                               # the last token of each row
+
+    def check(similar_rows):
+        rectangles, places = similar_rows(keep)
+        row, column = places // 9, places % 9
+        tokens = places[column < lengths[row]]
+        assert rectangles == [(2, 2), (2, 3), (2, 9)] and len(places) == 28
+        assert sorted(tokens.tolist()) == [9 * r + t for r, n in enumerate(lengths.tolist()) for t in range(n)]
+        parts = places.split([rows * width for rows, width in rectangles])
+        for part, (rows, width) in zip(parts, rectangles):                       # row by row, each from its first token on
+            close(part.view(rows, width) - part.view(rows, width)[:, :1], torch.arange(width).expand(rows, width))
+    check(dpo.similar_rows)
+
+    def of(order, width):
+        parts = [(rows, int(width(lengths[rows]))) for rows in order.chunk(3)]
+        places = torch.cat([(9 * rows[:, None] + torch.arange(width)).flatten() for rows, width in parts])
+        return [(len(rows), width) for rows, width in parts], places
+    check(lambda keep: of(lengths.argsort(), torch.max))
+    rejects(check, lambda keep: of(lengths.argsort(), torch.min), lambda keep: of(torch.arange(6), torch.max))
+
+
 def test_attention_both_ways(monkeypatch):
     """The formula, taken on a CPU up to 256 tokens, and PyTorch's kernel, from 257 on, give the same values and gradients; they
     agree with the definition, token by token. Rejected: a look into the future, no division by sqrt(size)."""
