@@ -106,20 +106,25 @@ ZIPF = 1.3                              # the first word of a list is the common
 OPINIONS = {domain: {word: value for bank in (SHARED_OPINIONS, own) for value, words in bank.items() for word in words.split()}
             for domain, own in DOMAIN_OPINIONS.items()}                          # domain -> word -> value
 CLOSINGS = {domain: {**SHARED_CLOSINGS, **own} for domain, own in DOMAIN_CLOSINGS.items()}
-FREQUENCY = {word: 1 / (1 + rank) ** ZIPF for banks in (SHARED_OPINIONS, *DOMAIN_OPINIONS.values()) for words in banks.values()
-             for rank, word in enumerate(words.split())}
+BY_RANK = [1 / (1 + rank) ** ZIPF for rank in range(30)]
+FREQUENCY = {word: frequency for banks in (SHARED_OPINIONS, *DOMAIN_OPINIONS.values()) for words in banks.values()
+             for word, frequency in zip(words.split(), BY_RANK)}
+
+
+@functools.cache
+def opinion_weights(domain: str, mood: int) -> list[float]:
+    """How likely each of the domain's opinions is in a mood, -1, 0 or 1, up to a factor."""
+    return [FREQUENCY[word] * math.exp(1.25 * mood * value) for word, value in OPINIONS[domain].items()]
 
 
 def sample_review(rng: random.Random, domain: str = "film") -> str:
     """One review from the corpus's distribution: a mood (bad, mixed, good) tilts the opinions; "but" reverses the mood."""
     def zipf(words):
-        return rng.choices(words, [1 / (1 + rank) ** ZIPF for rank in range(len(words))])[0]
+        return rng.choices(words, BY_RANK[:len(words)])[0]
 
     def clause(mood):
         negation = rng.choices(["", *NEGATIONS], (15, 3, 1, 1))[0]
-        tilt = -1.25 * mood if negation else 1.25 * mood
-        opinions = OPINIONS[domain]
-        opinion = rng.choices(list(opinions), [FREQUENCY[word] * math.exp(tilt * value) for word, value in opinions.items()])[0]
+        opinion = rng.choices(list(OPINIONS[domain]), opinion_weights(domain, -mood if negation else mood))[0]
         intensifier = zipf(list(INTENSIFIERS)) if rng.random() < 0.4 else ""
         return " ".join(word for word in ("the", zipf(ASPECTS[domain]), zipf(VERBS), negation, intensifier, opinion) if word)
 
