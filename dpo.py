@@ -516,7 +516,8 @@ def distinct_prefixes(tokens, keep):
 
 def similar_rows(keep, n: int = 3):
     """Rows sorted by length, in n parts, each padded to its own longest row: attention works on rectangles, and its work grows with the
-    square of their width. A DPO step of the demonstration takes 10% less time than with one rectangle, PPO's 11%, the reward model's 14%.
+    square of their width. A DPO step of the demonstration takes 10% less time than with one rectangle, PPO's 11%, the reward model's
+    14%; where all rows are equally long, a step takes 3% more.
 
     keep (B,T) -> rectangles: (rows, width) of each part; places (P,): their cells, part by part, as positions in B*T.
     """
