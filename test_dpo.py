@@ -1579,15 +1579,22 @@ def test_bradley_terry_labels():
 
 
 def test_sampled_preferences(tokenizer):
-    """4 completions a prompt give 6 pairs. With rewards hundreds apart the better one always wins; Bayes' accuracy is mean s(|gap|)."""
-    reward = lambda prompt, text: 100.0 * (zlib.crc32(text.encode()) % 7)
-    torch.manual_seed(0)
-    pairs, accuracy = dpo.sample_preferences(tiny_gpt(tokenizer.n_vocab, block_size=32), tokenizer, ["the plot", "the"], reward, 6)
+    """4 completions a prompt give 6 pairs. With rewards hundreds apart the better one always wins; Bayes' accuracy is mean s(|gap|), of
+    rewards half a point apart as well. Rejected: twice the gap."""
+    def sample(step):
+        reward = lambda prompt, text: step * (zlib.crc32(text.encode()) % 7)
+        torch.manual_seed(0)
+        pairs, accuracy = dpo.sample_preferences(tiny_gpt(tokenizer.n_vocab, block_size=32), tokenizer, ["the plot", "the"], reward, 6)
+        return pairs, float64(*(reward("", pair.chosen) - reward("", pair.rejected) for pair in pairs)), accuracy
+    pairs, gaps, accuracy = sample(100.0)
     assert [pair.prompt for pair in pairs] == ["the plot"] * 6 + ["the"] * 6
     assert len({text for pair in pairs[:6] for text in (pair.chosen, pair.rejected)}) == 4
-    gaps = float64(*(reward("", pair.chosen) - reward("", pair.rejected) for pair in pairs))
     assert (gaps >= 0).all() and (gaps > 0).any()
     close(accuracy, gaps.sigmoid().mean())
+    _, gaps, accuracy = sample(0.5)
+    check = lambda factor: close(accuracy, (factor * gaps.abs()).sigmoid().mean())
+    check(1.0)
+    rejects(check, 2.0)
 
 
 GOOD_LINE = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
