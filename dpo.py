@@ -296,16 +296,16 @@ class GPTConfig:
 
 
 def newest_attention(q, k, v):
-    """What `attention` gives the newest token, q (B,nh,1,hs), term by term, in the order of the cache. On a CPU without AVX-512
-    sampling takes 7 to 17% less time than with PyTorch's kernel, if the products of one call fit into the processor's cache."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # q (B,1,nh,hs); k, v (B,start+1,nh,hs)
-    weights = ((q * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5).softmax(1)   # (B,start+1,nh,1)
+    """What `attention` gives the newest token, q (B,nh,1,hs), term by term, in the order in which `generate` keeps k and v. On a CPU
+    without AVX-512 sampling takes 7 to 17% less time than with PyTorch's kernel, if one call's products fit into the processor's cache."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                             # q (B,1,nh,hs); k, v (B,S,nh,hs)
+    weights = ((q * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5).softmax(1)   # (B,S,nh,1)
     return (weights * v).sum(1, keepdim=True).transpose(1, 2)
 
 
 def attention(q, k, v, dropout: float = 0.0):
-    """Causal attention, softmax(q k^T / sqrt(hs)) v. q, k, v (B,nh,T,hs) -> (B,nh,T,hs); nh heads of size hs. In generation only
-    the newest token is a query, q (B,nh,1,hs); it sees all keys and values so far, k, v (B,nh,start+1,hs)."""
+    """Causal attention, softmax(q k^T / sqrt(hs)) v. q, k, v (B,nh,T,hs) -> (B,nh,T,hs); nh heads of size hs. When `generate`
+    has read the prompt, only the newest token is a query, q (B,nh,1,hs); it sees the keys and values of all S so far, (B,nh,S,hs)."""
     B, n_head, T, size = q.shape
     avx2 = q.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     if T == 1 and avx2 and not dropout:
@@ -313,8 +313,8 @@ def attention(q, k, v, dropout: float = 0.0):
         return torch.cat([newest_attention(*rows) for rows in zip(q.split(few), k.split(few), v.split(few))])
     if T == 1 or T > 256 or q.device.type != "cpu":                              # PyTorch's own kernel
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
-    # with few tokens on a CPU the formula itself is faster: a DPO step of 48 tokens takes 7% less time with MKL's products, 60% less
-    # with oneDNN's (see `onednn_products`); one of 200 tokens, in GPT-2's size, 0% and 25%
+    # with few tokens on a CPU the formula itself beats that kernel: a DPO step of 48 tokens takes 7% less time where MKL multiplies, 60%
+    # where oneDNN does (`onednn_products`, section 5); one of 200 tokens, in GPT-2's size, 0% and 25%
     q, k, v = (x.reshape(-1, T, size) for x in (q, k, v))
     future = q.new_full((T, T), -math.inf).triu(1)                               # what a token must not see; added to its scores
     weights = F.dropout(torch.baddbmm(future, q, k.mT, alpha=size ** -0.5).softmax(-1), dropout)
@@ -343,12 +343,12 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
 
-    def forward(self, x, attend, kept=None):
-        """x (..., C) -> (..., C). Everything but attend(qkv (..., 3C), kept) acts on each position separately. kept (M,): return only
-        these rows of x (N, C), (M, C); the others still serve as keys and values. For a reward model, which reads one position of a
-        text, a step is 1.2 times as fast."""
-        y = self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x)), kept))
-        x = (x if kept is None else take(x, kept)) + F.dropout(y, self.dropout, self.training)
+    def forward(self, x, attend, only=None):
+        """x (..., C) -> (..., C). Everything but attend(qkv (..., 3C), only), which `GPT.forward` passes in, acts on each position
+        separately. only (M,): of x (N, C) return these rows alone, (M, C); the others still serve as keys and values. For a reward
+        model, which reads one position of a text, a step is 1.2 times as fast."""
+        y = self.attn.c_proj(attend(self.attn.c_attn(self.ln_1(x)), only))
+        x = (x if only is None else take(x, only)) + F.dropout(y, self.dropout, self.training)
         y = self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
         return x + F.dropout(y, self.dropout, self.training)
 
@@ -369,6 +369,38 @@ def find_model(name) -> Path:
             return config.parent
     raise ValueError(f"{name}: not in Hugging Face's cache ({hub}), and nothing is fetched here; where there is a network, `hf download "
                      f"openai-community/{name} config.json model.safetensors tokenizer.json --local-dir {name}`, and bring that directory")
+
+
+def distinct_prefixes(tokens, keep):
+    """The hidden state in column t depends on tokens[:, :t+1] only, so rows that begin alike share states: find each of them once.
+
+    tokens, keep (B,T) -> at (N,): for each state, a cell of B*T that has it; state (B*T,): for each cell, the number of its state.
+    The rows  P Q a,  P Q b  have the states P, PQ, PQa and PQb: at = 0 1 2 5, state = 0 1 2 0 1 3 (or 3 and 4 for the first two of
+    `at`, and in another order). All cells after a row's last kept one, which nobody reads, count as one more state.
+    With eight completions a prompt there are 39% fewer states than cells, and DPO steps are 1.3 times as fast.
+    """
+    needed = keep.flip(1).cumsum(1).flip(1) > 0                                  # (B, T): kept, or left of a kept one
+    # tokens[:, :t+1] as one number: the sum of (token + 1, so that 0 counts) * (a random number of its column), modulo 2^64; different
+    # prefixes collide with a chance below 2^-46. numpy draws the random numbers, so that torch's generator, the user's, is left alone
+    columns = torch.from_numpy(np.random.default_rng(0).integers(2 ** 63, size=tokens.shape[1])).to(tokens.device)
+    prefix = torch.where(needed, ((tokens + 1) * columns).cumsum(1), 0).flatten()
+    states, state = prefix.unique(return_inverse=True)
+    at = torch.empty_like(states).scatter_(0, state, torch.arange(len(prefix), device=tokens.device))    # any one of its cells
+    return at, state
+
+
+def similar_rows(keep, n: int = 3):
+    """Rows sorted by length, in n parts, each padded to its own longest row: attention works on rectangles, and its work grows with the
+    square of their width. A DPO step of the demonstration takes 10% less time than with one rectangle, PPO's 11%, the reward model's
+    14%; where all rows are equally long, a step takes 3% more.
+
+    keep (B,T) -> rectangles: (rows, width) of each part; places (P,): their cells, part by part, as numbers in B*T.
+    """
+    T, columns = keep.shape[1], torch.arange(keep.shape[1], device=keep.device)
+    lengths = torch.where(keep, columns + 1, 1).amax(1)                          # (B,) up to the last kept position
+    parts = [(rows, int(lengths[rows].max())) for rows in lengths.argsort().chunk(n)]
+    places = torch.cat([(T * rows[:, None] + columns[:width]).flatten() for rows, width in parts])
+    return [(len(rows), width) for rows, width in parts], places
 
 
 class GPT(nn.Module):
@@ -392,14 +424,14 @@ class GPT(nn.Module):
             nn.init.zeros_(self.score.weight)                                    # a new reward or value head says 0 everywhere
 
     def forward(self, tokens, keep=None, cache=None, start=0, embeddings=None):
-        """Next-token logits (or scores) at every position.
+        """Next-token logits (or scores).
 
         tokens (B,T) long, the first at position `start`. Returns (B,T,V), V = vocab_size or n_outputs.
-        keep (B,T) bool: return the outputs of these positions only, (keep.sum(), V), row by row. Attention being causal, what
-        comes after a row's last kept position matters to none of them and is left out, pads first of all; and where rows begin
-        alike, as the completions of one prompt do, the common beginning is computed once. See `distinct_prefixes`.
-        cache (n_layer, 2, B, T_max, n_head, head_size): keys and values so far, extended in place by those of all tokens, as
-        `generate` does.
+        keep (B,T) bool: return the outputs of these positions only, (keep.sum(), V), row by row. Without a cache, what follows a row's
+        last kept position is skipped (attention is causal), pads first of all; and where rows begin alike, as the completions of one
+        prompt do, the common beginning is computed once. See `distinct_prefixes`.
+        cache (n_layer, 2, B, T_max, n_head, head_size): keys and values of the `start` tokens before; those of `tokens` are written
+        into it. See `generate`.
         embeddings (B,T,C), without keep: what the model reads instead of the tokens' own embeddings. See `ift_loss`.
         """
         B, T = tokens.shape
@@ -407,26 +439,20 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit in a block of {self.config.block_size}")
         assert cache is None or start == 0 or T == 1, "after a filled cache, one token at a time"
         positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
-        # flat: x is (N, C), each distinct prefix once, and not (B, T, C). The numbers are the same: on a first reading take False for it
-        kept, flat = None, keep is not None and cache is None
+        # flat: x is (N, C), each distinct prefix once, not (B, T, C). The numbers are the same (but cells that share a state share
+        # dropout): on a first reading take False for it
+        flat, kept = keep is not None and cache is None, None
         if flat:
-            at, state = distinct_prefixes(tokens, keep)                          # (N,) state -> position; (B*T,) position -> state
+            at, state = distinct_prefixes(tokens, keep)                          # (N,) state -> cell; (B*T,) cell -> state
             kept, copies = state[keep.flatten()].unique(return_inverse=True)     # (M,) states to return; (keep.sum(),) which of them
             rectangles, places = similar_rows(keep)
-            state = state[places]                                                # (P,) of what attention reads, rectangle by rectangle
-            found = torch.zeros_like(at).scatter_(0, state, torch.arange(len(state), device=at.device))    # (N,) state -> place in it
+            read = state[places]                                                 # (P,) the state in each cell of the rectangles
+            found = torch.zeros_like(at).scatter_(0, read, torch.arange(len(read), device=at.device))      # (N,) state -> a place in read
             wanted = len(copies)                                                 # what idle rows return is cut off below
             at, found, kept, copies = fill(at), fill(found), fill(kept), fill(copies)
             tokens, positions = tokens.flatten()[at], positions.flatten()[at]
         dropout = self.config.dropout if self.training else 0.0
         caches = (cache[layer] for layer in range(self.config.n_layer))          # attend is called once in each layer, in order
-
-        def attend(qkv, kept=None):                                              # (B, T, 3C) -> (B, T, C); flat (N, 3C) -> (N or M, C)
-            if flat:                                                             # only attention needs the rows back
-                parts = take(qkv, state).split([rows * width for rows, width in rectangles])
-                y = torch.cat([in_rows(part.view(*size, -1)).flatten(0, 1) for part, size in zip(parts, rectangles)])
-                return take(y, found if kept is None else found[kept])
-            return in_rows(qkv)
 
         def in_rows(qkv):                                                        # (b, t, 3C) -> (b, t, C)
             q, k, v = qkv.view(*qkv.shape[:2], 3, self.config.n_head, -1).unbind(2)             # (b, t, nh, hs) each
@@ -435,6 +461,13 @@ class GPT(nn.Module):
                 so_far[0, :, start:], so_far[1, :, start:] = k, v
                 k, v = so_far
             return attention(*(x.transpose(1, 2) for x in (q, k, v)), dropout).transpose(1, 2).flatten(2)
+
+        def attend(qkv, only):                                                   # (B, T, 3C) -> (B, T, C); flat (N, 3C) -> (N or M, C)
+            if not flat:
+                return in_rows(qkv)
+            parts = take(qkv, read).split([rows * width for rows, width in rectangles])         # attention alone needs whole rows
+            y = torch.cat([in_rows(part.view(*rectangle, -1)).flatten(0, 1) for part, rectangle in zip(parts, rectangles)])
+            return take(y, found if only is None else found[only])
 
         embeddings = self.wte(tokens) if embeddings is None else embeddings
         x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
@@ -494,38 +527,6 @@ class GPT(nn.Module):
         if unexpected or set(missing) - {"score.weight"}:
             raise ValueError(f"{directory}: not the weights of this GPT-2; missing {missing[:3]}, unexpected {unexpected[:3]}")
         return model
-
-
-def distinct_prefixes(tokens, keep):
-    """The state at position t depends on tokens[:, :t+1] only, so rows that begin alike share states: find each of them once.
-
-    tokens, keep (B,T) -> at (N,): for each state, a position in B*T that has it; state (B*T,): for each position, the number of its
-    state. The rows  P Q a,  P Q b  have the states P, PQ, PQa and PQb: at = 0 1 2 5, state = 0 1 2 0 1 3, or in another order.
-    All positions after a row's last kept one, which nobody reads, count as one more state.
-    With eight completions a prompt there are 39% fewer states than positions, and DPO steps are 1.3 times as fast.
-    """
-    needed = keep.flip(1).cumsum(1).flip(1) > 0                                  # (B, T): kept, or left of a kept one
-    # tokens[:, :t+1] as one number: the sum of (token + 1) * (a random number of its column), modulo 2^64; two that differ agree
-    # with a chance below 2^-46. numpy draws the random numbers, so that torch's generator, the user's, is left alone
-    columns = torch.from_numpy(np.random.default_rng(0).integers(2 ** 63, size=tokens.shape[1])).to(tokens.device)
-    prefix = torch.where(needed, ((tokens + 1) * columns).cumsum(1), 0).flatten()
-    states, state = prefix.unique(return_inverse=True)
-    at = torch.empty_like(states).scatter_(0, state, torch.arange(len(prefix), device=tokens.device))    # of equal places, any
-    return at, state
-
-
-def similar_rows(keep, n: int = 3):
-    """Rows sorted by length, in n parts, each padded to its own longest row: attention works on rectangles, and its work grows with the
-    square of their width. A DPO step of the demonstration takes 10% less time than with one rectangle, PPO's 11%, the reward model's
-    14%; where all rows are equally long, a step takes 3% more.
-
-    keep (B,T) -> rectangles: (rows, width) of each part; places (P,): their cells, part by part, as positions in B*T.
-    """
-    T, columns = keep.shape[1], torch.arange(keep.shape[1], device=keep.device)
-    lengths = torch.where(keep, columns + 1, 1).amax(1)                          # (B,) up to the last kept position
-    parts = [(rows, int(lengths[rows].max())) for rows in lengths.argsort().chunk(n)]
-    places = torch.cat([(T * rows[:, None] + columns[:width]).flatten() for rows, width in parts])
-    return [(len(rows), width) for rows, width in parts], places
 
 
 LEFTOVER = ".tmp??????"                 # what a kill leaves when it strikes while safetensors writes
