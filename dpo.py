@@ -221,7 +221,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tiktoken.Encodin
     """Learn byte-pair merges from `texts`; return a tiktoken.Encoding with `<|endoftext|>` as its last id.
 
     The 256 bytes are the first tokens, so any text can be encoded (and vocab_size is 257 at least); then the most frequent adjacent
-    pair becomes a token, again and again, until there are vocab_size - 1. Merges never cross a word. Each distinct word is merged
+    pair becomes a token, again and again, until there are vocab_size - 1. Merges never cross words. Each distinct word is merged
     once, however often it occurs; only the 8,192 most frequent words of at most 64 characters are used. The id of a token is its
     rank: lower ranks merge first.
     """
@@ -694,7 +694,7 @@ def onednn_rounds() -> bool:
 @contextlib.contextmanager
 def onednn_allowed():
     """Within, oneDNN and not MKL computes a CPU's float32 products. PyTorch does so only where their factors may be rounded to bfloat16,
-    so that is allowed; whether this CPU then rounds, `onednn_rounds` tries."""
+    so that is allowed here; `onednn_rounds` tests whether this CPU then rounds."""
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     try:
@@ -820,7 +820,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
         if running.float().mean() < 0.75:                       # drop finished rows; not at each step, because it copies the cache
             left = running.nonzero()[:, 0]
             rows, token = rows[left], token[left]
-            so_far = cache[:, :, :, :t - 1].index_select(2, left)
+            so_far = cache[:, :, :, :t - 1].index_select(2, left)      # the columns filled: `token` is not in it yet
             cache = cache[:, :, :len(left)]                     # the same memory
             cache[:, :, :, :t - 1] = so_far
         new = token[:, None]
@@ -859,9 +859,9 @@ class Training:
     """How one stage is trained."""
     steps: int
     learning_rate: float
-    batch_size: int = 64                # rows of one step: texts, pairs or completions, as the stage says
+    batch_size: int = 64                # rows of one step: texts or pairs; PPO has its own minibatch
     micro_batch: int = 10 ** 9          # rows of one forward pass: gradients of a step's micro-batches add up to the big batch's
-    warmup: float = 0.05                # share of the steps in which the learning rate rises from 0
+    warmup: float = 0.05                # share of the steps in which the learning rate rises
     decay: bool = True                  # then it falls to 0 linearly; otherwise it stays
     clip: float = 1.0                   # largest norm of the gradient
     eps: float = 1e-8                   # of Adam
@@ -1114,14 +1114,14 @@ def train_sft(model, texts: list, training: Training, run: Run | None = None, **
     """Supervised fine-tuning: maximise log pi(text). texts: lists of ids, EOS last; every token but the first is scored."""
     device, rows = next(model.parameters()).device, shuffled(len(texts), training)
 
-    def batch(part):
+    def batch_of(part):
         tokens, mask = pad([[]] * len(part), [texts[i] for i in part], device)
         return {"tokens": tokens, "mask": mask, "count": int(predicted(mask).sum()), "data": part}
 
     def loss(model, batch):
         return -sequence_logps(model, batch["tokens"], batch["mask"]).sum(), {}
-    return fit("SFT", model, lambda step: [batch(part) for part in micro_batches_of(rows(step), training)], loss, training, dropout=True,
-               run=run, **options)
+    return fit("SFT", model, lambda step: [batch_of(part) for part in micro_batches_of(rows(step), training)], loss, training,
+               dropout=True, run=run, **options)
 
 
 # ======================================================================================================================
@@ -1387,10 +1387,9 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #     The reference has no gradient: it enters through the weight alone. The weight is 1/2 at the start, near 1 on a badly
 #     misranked pair, near 0 once the margin r^_w - r^_l is well above 1: a pair once learnt stops pulling.
 #                                                                                           [test_loss_gradient_weight]
-#     Without it, -log pi(y_w) + alpha log pi(y_l) (unlikelihood) pushes log pi(y_l) down for ever, far past any margin the
-#     labels ask for, and since all completions share one network, grammar goes with it: see "Unlikelihood" in the table that
-#     the program prints.
-#                                                                                    [test_loss_unlikelihood_never_lets_go]
+#     Without that weight, -log pi(y_w) + alpha log pi(y_l) (unlikelihood) pushes log pi(y_l) down for ever, far past any
+#     margin the labels ask for; since all completions share one network, grammar goes with it: see "Unlikelihood" in the
+#     table that the program prints.                                                 [test_loss_unlikelihood_never_lets_go]
 # In the tests each of these lines is checked with every completion enumerated. On to the code: (5) is one line of it.
 
 
@@ -1462,10 +1461,9 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
 # ======================================================================================================================
 # 9. The family of losses
 # ======================================================================================================================
-# Each takes four (B,) vectors of summed log-probs and returns (B,). pc, pr: the policy's, of the chosen and of the rejected
-# completion; rc, rr: the reference's. So d_w = pc - rc, d_l = pr - rr and h = d_w - d_l, as in section 8. In the comments
-# eps = label_smoothing and |y| is the number of tokens. Where beta is not DPO's, it is said. The three that need more than a line
-# come first.
+# Each takes what it needs of these (B,) vectors of summed log-probs and returns (B,). pc, pr: the policy's, of the chosen and of the
+# rejected completion; rc, rr: the reference's. So d_w = pc - rc, d_l = pr - rr and h = d_w - d_l, as in section 8. In the comments
+# eps = label_smoothing and |y| is the number of tokens. Where beta is not DPO's, it is said. The three longest come first.
 
 
 def _exo(pc, pr, rc, rr, beta, label_smoothing=1e-3):
@@ -1489,8 +1487,7 @@ def _orpo(pc, pr, beta, chosen_lengths, rejected_lengths, lam=None):
     # no reference; beta is only the default of lam, the weight of the odds term
     def log_odds(logp):                                       # log P - log(1-P), by expm1 or log1p, whichever keeps the digits
         logp = logp.clamp(max=-1e-6)                          # P = 1 has infinite odds
-        near_one = logp > -0.6931                             # the last clamp keeps the branch not taken finite, or its gradient is NaN
-        return logp - torch.where(near_one, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp.clamp(max=-0.1))))
+        return logp - torch.where(logp > -0.6931, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
     logp_w, logp_l = pc / chosen_lengths, pr / rejected_lengths
     return -logp_w - (beta if lam is None else lam) * F.logsigmoid(log_odds(logp_w) - log_odds(logp_l))
 
@@ -1527,7 +1524,7 @@ FORMULAS = {
 def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
     """Intuitive fine-tuning: SFT in which the model reads its own guesses, and each token is weighted by the losses that follow it.
 
-    tokens, mask (B,T) -> the mean over the batch. Needs no pairs and no reference. lam = gamma = 0 is SFT, per-token mean.
+    tokens, mask (B,T) -> the mean over the batch. Needs no pairs and no reference. lam = gamma = 0 is SFT, with each text's mean loss.
     Source: arXiv 2405.11870. Its equations and its released code disagree; this follows the code, except that the code mixes in
     embeddings frozen at the start. gamma = 0 is treated apart: it is not what steps 4 and 5 give there.
     """
@@ -1536,7 +1533,7 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
         with torch.no_grad():
             guess = F.pad(model(tokens).argmax(-1)[:, :-1], (1, 0))                             # 1. the model's own guesses
             own, guessed = model.wte(tokens), model.wte(guess)
-            embeddings = torch.where(mask.bool()[..., None], (1 - lam) * own + lam * guessed, own)     # 2. is mixed into its input
+            embeddings = torch.where(predicted(mask)[..., None], (1 - lam) * own + lam * guessed, own)     # 2. are mixed in
     losses = -token_logps(lambda tokens: model(tokens, embeddings=embeddings), tokens, mask)     # 3. l_t
     if gamma == 0:
         return (losses.sum(1) / predicted(mask).sum(1)).mean()
@@ -1544,7 +1541,7 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
     for t in reversed(range(tokens.shape[1])):                                                  # 4. c_t = sum_{i>=t} gamma^{i-t} l_i
         to_come = losses[:, t] + gamma * to_come
         c.append(to_come)
-    c = torch.stack(c[::-1], 1) * predicted(mask)                                               # with gradient
+    c = torch.stack(c[::-1], 1) * predicted(mask)                                               # not detached
     return ((losses * c).sum(1) / c.sum(1)).mean()                                              # 5. sum l_t c_t / sum c_t
 
 
@@ -1613,7 +1610,7 @@ def score_completions(reward_model, prompts: list, completions: list, **options)
 # the loss clips the ratio pi/pi_old near 1, so that one rollout can serve several steps. The numbers return in the code below:
 #   1. sample completions from the policy at temperature 1: no top-k, or stored and new log-probs would speak of different policies;
 #   2. score them: r(x,y) at the last token; a completion without EOS scores `missing_eos` at most;
-#   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). With the score, the mean of their sum is (1);
+#   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). Summed with the score, they average to (1);
 #   4. advantages by generalised advantage estimation (GAE), returns = advantages + values, and only then whiten the advantages
 #      (mean 0, standard deviation 1);
 #   5. a few epochs of clipped steps on the batch;
@@ -1631,12 +1628,12 @@ class PPO:
     gamma: float = 1.0                  # no discount: a review's end counts as much as its beginning
     lam: float = 0.95                   # GAE: 1 is the whole return (unbiased), 0 the critic's word (low variance)
     clip: float = 0.2                   # the ratio's range 1 +- clip
-    value_clip: float = 0.2             # how far a value may move from the rollout's before moving on gains nothing
+    value_clip: float = 0.2             # a value's move beyond this from the rollout's gains nothing
     value_weight: float = 0.1           # of the critic's loss beside the policy's
     missing_eos: float = -1.0           # the most that a completion which did not end can score
     stop_at_eos: bool = True            # False: every completion has max_new_tokens tokens
     target_kl: float | None = None      # None: beta stays fixed; a number of nats: beta adapts until the KL is this
-    kl_horizon: int = 10_000            # completions in which beta changes by a fifth at most
+    kl_horizon: int = 10_000            # completions in which beta changes by about a fifth at most
     group: int = 0                      # GRPO (group relative policy optimisation): completions per prompt, compared with each other
 
     def __post_init__(self):
@@ -1753,12 +1750,12 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
     for model in (policy, reference, critic or policy):
         model.eval()                                                             # no dropout, not even in the first rollout
     rng, device = np.random.default_rng(training.seed), next(policy.parameters()).device
-    state = {"beta": ppo.beta, "rng": rng.bit_generator.state}                   # all there is to remember: see `fit`
-    per_rollout = ppo.epochs * (ppo.rollout // ppo.minibatch)
+    state = {"beta": ppo.beta, "rng": rng.bit_generator.state}                   # what batches(step) remembers: see `fit`
+    steps_per_epoch = ppo.rollout // ppo.minibatch
 
     def batches(step):
-        rng.bit_generator.state = state["rng"]
-        if step % per_rollout == 0:
+        rng.bit_generator.state = state["rng"]                                   # after --resume the saved one
+        if step % (ppo.epochs * steps_per_epoch) == 0:
             state["rows"] = rng.integers(len(prompts), size=ppo.rollout // (ppo.group or 1)).repeat(ppo.group or 1).tolist()
             drawn = [prompts[i] for i in state["rows"]]
             state["data"], state["statistics"], completions = ppo_rollout(
@@ -1767,10 +1764,10 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
                 state["statistics"].update(watch(drawn, completions))
             if ppo.target_kl:                                                                                     # 6
                 state["beta"] = adapt_beta(state["beta"], state["statistics"]["kl"], ppo.target_kl, ppo.rollout, ppo.kl_horizon)
-        if step % (ppo.rollout // ppo.minibatch) == 0:
+        if step % steps_per_epoch == 0:
             state["order"] = rng.permutation(ppo.rollout).tolist()
         state["rng"] = rng.bit_generator.state
-        start = step % (ppo.rollout // ppo.minibatch) * ppo.minibatch
+        start = step % steps_per_epoch * ppo.minibatch
         parts = micro_batches_of(state["order"][start:start + ppo.minibatch], training)
         return [{**{name: tensor[part].to(device) for name, tensor in state["data"].items()}, "data": [state["rows"][i] for i in part],
                  "count": int(state["data"]["mask"][part].sum())} for part in parts]
@@ -1916,7 +1913,7 @@ def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, sa
     """
     ids = [encode(tokenizer, prompt) for prompt, _ in prompts for _ in range(samples)]
     completions = generate(policy, ids, max_new_tokens, progress=progress)
-    kl = kl_estimates(completion_logps(policy, ids, completions), completion_logps(reference, ids, completions))[0].numpy()
+    kl = completion_logratios(policy, reference, ids, completions).numpy()
     return summarise(frontier, kl.reshape(-1, samples).mean(1), judge(tokenizer, prompts, completions))
 
 
@@ -2065,12 +2062,12 @@ def run_ppo(world: World, stage="PPO-GT", reward_model=None, beta=BETA, **settin
     """A copy of the SFT policy trained by PPO on the reward model or, without one, on the gold reward (ground truth).
     settings: of `PPO`; group=8 makes it GRPO.
 
-    Rewards are normalised to mean 0 and standard deviation 1 on reference samples, and beta is divided by the same number:
-    so beta means here what it means in DPO.
+    Rewards are normalised to mean 0 and standard deviation 1 on reference samples, and beta is divided by that deviation too:
+    so it means here what it means in DPO.
     """
     def gold(prompts, completions):
-        texts = [(decode(world.tokenizer, prompt), decode(world.tokenizer, completion)) for prompt, completion in zip(prompts, completions)]
-        return torch.tensor([gold_reward(prompt, completion) for prompt, completion in texts])
+        text = functools.partial(decode, world.tokenizer)
+        return torch.tensor([gold_reward(text(prompt), text(completion)) for prompt, completion in zip(prompts, completions)])
 
     def watch(prompts, completions):
         return {"gold_reward": gold(prompts, completions).mean().item()}

@@ -131,8 +131,9 @@ def uniform_policy(lake):
 
 
 def walker_policy(lake, skill=0.5):
-    """The stand-in for an SFT model: with chance `skill` a step towards the goal, else a random one. In 8 steps it reaches the
-    goal of the 4x4 map in 1 of 5 episodes, a uniform policy in 3 of 1,000: the returns of a pair would then hardly ever differ."""
+    """The stand-in for an SFT model: with chance `skill` a step towards the goal, else a random one. In the program's 8 steps it
+    reaches the goal of the 4x4 map in 1 of 5 episodes, a uniform policy in 3 of 1,000: the returns of a pair would then hardly ever
+    differ."""
     closer = lake.distance[lake.intended] < lake.distance[:, None]                          # does it lead closer to the goal? (S,A)
     ways = closer.sum(1, keepdims=True)                                                     # how many do  (S,1)
     step = np.where(ways > 0, skill * closer / np.maximum(ways, 1) + (1 - skill) / 4, 0.25)
@@ -273,13 +274,13 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
 # Both trajectories of a pair are drawn from the reference, and labelled by Bradley-Terry: P(tau_1 > tau_2) = s(R_1 - R_2).
 # The infinite-data loss is the expectation over pairs and labels. On deterministic ice its minimum is known exactly, on any map:
 #
-# Take a loss that is convex in the log-ratios d. It does not rise when each d is replaced by the mean of d over the trajectories
-# of the same return (Jensen). By Jensen again, E exp(d) >= exp(E d): the total mass is then at most 1. What is missing is given to
-# all alike, by a constant added to every d; that changes no h (and raises pi(y_w), which RPO, SFT, MinorDPO and unlikelihood
-# reward). So the best law is pi_ref(tau) exp(u(R)): one number u(0) for failure, one, u(1), for success. (EXO and chi-squared PO
-# are not convex, but their best law has this form too: under it every pair is at its own minimum.) As the mass is 1, the difference
-# u(1) - u(0) gives both, and bisection finds it to the last digit. The law belongs to a policy (H,S,A), because the weight still
-# to come depends only on the cell and the step: `tilt` computes it backwards.
+# Take a loss that is convex in the log-ratios d. Its value does not rise when each d is replaced by the mean of d over the
+# trajectories of the same return (Jensen). By Jensen again, E exp(d) >= exp(E d): the mass of pi_ref exp(d) is then at most 1.
+# What is missing is given to all alike, by a constant added to every d; that changes no h (and raises pi(y_w), which RPO, SFT,
+# MinorDPO and unlikelihood reward). So the best law is pi_ref(tau) exp(u(R)): one number u(0) for failure, one, u(1), for
+# success. (EXO and chi-squared PO are not convex, but their best law has this form too: under it every pair is at its own
+# minimum.) As the mass is 1, the difference u(1) - u(0) gives both, and bisection finds it to the last digit. The law belongs to
+# a policy (H,S,A), because the weight still to come depends only on the cell and the step: `tilt` computes it backwards.
 #                                                            [test_gridworld_return_law_is_the_minimiser_over_policies]
 
 RETURNS = torch.tensor([0.0, 1.0], dtype=torch.float64)
