@@ -1367,6 +1367,7 @@ def test_ift_loss():
         close(gradient(dpo.ift_loss(model, tokens, mask, 0.2, 0.9)), gradient(expected), "and its gradient", 1e-5)
     check(by_hand(0.2, 0.9))
     rejects(check, by_hand(0.2, 0.9, shift=0), by_hand(0.2, 0.9, detach=True), by_hand(0.4, 0.9), by_hand(0.2, 0.5))
+    close(dpo.ift_loss(model, tokens, torch.ones_like(mask), 0.2, 0.9), dpo.ift_loss(model, tokens, mask, 0.2, 0.9))    # 5 has no guess
     sft = -sequence_logps(model, tokens, mask)[0] / 3
     close(dpo.ift_loss(model, tokens, mask, 0, 0), sft, tolerance=1e-6)
     close(gradient(dpo.ift_loss(model, tokens, mask, 0, 0)), gradient(sft), tolerance=1e-6)
