@@ -371,6 +371,7 @@ def find_model(name) -> Path:
                      f"openai-community/{name} config.json model.safetensors tokenizer.json --local-dir {name}`, and bring that directory")
 
 
+@torch.compiler.disable                 # what depends on the data's values is not for the compiler
 def distinct_prefixes(tokens, keep):
     """The hidden state in column t depends on tokens[:, :t+1] only, so rows that begin alike share states: find each of them once.
 
@@ -389,6 +390,7 @@ def distinct_prefixes(tokens, keep):
     return at, state
 
 
+@torch.compiler.disable
 def similar_rows(keep, n: int = 3):
     """Rows sorted by length, in n parts, each padded to its own longest row: attention works on rectangles, and its work grows with the
     square of their width. A DPO step of the demonstration takes 10% less time than with one rectangle, PPO's 11%, the reward model's
@@ -397,10 +399,10 @@ def similar_rows(keep, n: int = 3):
     keep (B,T) -> rectangles: (rows, width) of each part; places (P,): their cells, part by part, as numbers in B*T.
     """
     T, columns = keep.shape[1], torch.arange(keep.shape[1], device=keep.device)
-    lengths = torch.where(keep, columns + 1, 1).amax(1)                          # (B,) up to the last kept position
-    parts = [(rows, int(lengths[rows].max())) for rows in lengths.argsort().chunk(n)]
-    places = torch.cat([(T * rows[:, None] + columns[:width]).flatten() for rows, width in parts])
-    return [(len(rows), width) for rows, width in parts], places
+    lengths, order = torch.where(keep, columns + 1, 1).amax(1).sort()            # (B,) up to the last kept position
+    rows, widths = order.chunk(n), torch.stack([part[-1] for part in lengths.chunk(n)]).tolist()
+    places = torch.cat([(T * part[:, None] + columns[:width]).flatten() for part, width in zip(rows, widths)])
+    return list(zip(map(len, rows), widths)), places
 
 
 class GPT(nn.Module):
@@ -783,7 +785,8 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
     completions = [None] * len(prompts)
     for start in progress_bar(progress is not None, range(0, len(order), batch_size), desc=progress, unit="batch"):
         rows = order[start:start + batch_size]
-        with mixed_precision(next(model.parameters()).device), onednn_products(model):
+        # even a compiled model is run uncompiled: each length would be compiled anew, and PyTorch 2.13's compiler reads the cache wrongly
+        with mixed_precision(next(model.parameters()).device), onednn_products(model), torch.compiler.set_stance("force_eager"):
             batch = _generate_batch(model, [prompts[i][-room:] for i in rows], max_new_tokens, temperature, top_k, top_p, stop_at_eos)
         for i, completion in zip(rows, batch):
             completions[i] = completion
@@ -925,7 +928,7 @@ class Run:
             if saved:
                 self.export(saved["model"])                                      # a kill may have come between checkpoint and model
             else:
-                for name in ("checkpoint.pt", "model.safetensors"):              # of a run that is being overwritten
+                for name in ("checkpoint.pt", "model.safetensors", "config.json"):             # of a run that is being overwritten
                     (self.out / name).unlink(missing_ok=True)
         return self.saved_steps
 
@@ -1197,7 +1200,7 @@ def read_preferences(path):
 def read_texts(path, field: str):
     """Yield (line number, text) of JSONL with one {field: text} a line; "messages", a conversation, will do for "text"."""
     for number, record in read_jsonl(path):
-        name = "messages" if field == "text" and "messages" in record and "text" not in record else field
+        name = "messages" if field == "text" and "messages" in record and record.get("text") is None else field
         yield number, text_field(record, name, f"{path}:{number}")
 
 
@@ -1579,9 +1582,9 @@ LOSSES = {name: by_name(name, formula) for name, formula in FORMULAS.items()}
 
 
 def last_response_token(mask):
-    """(B,T) bool, true once a row: at the last token where mask is 1. It comes from lengths, so padding cannot move it."""
+    """(B,T) bool, true once a row: at the last token where mask is 1. It comes from the mask, so padding cannot move it."""
     mask = mask.bool()
-    return mask & ~F.pad(mask[:, 1:], (0, 1))
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
 
 
 def reward_scores(reward_model, tokens, mask):

@@ -1162,6 +1162,22 @@ def test_eos_receives_gradient():
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
 
+def test_sampling_is_never_compiled():
+    """A compiled model samples as it would uncompiled: nothing of `generate` reaches the compiler, which in PyTorch 2.13 reads the cache of
+    two layers wrongly. Rejected: a forward pass, which does reach it."""
+    model, prompts, compiled = tiny_gpt(seed=11), ragged(20)[0], []
+    expected = generate(model, prompts, 6, temperature=0)
+    model.compile(dynamic=True, backend=lambda graph, inputs: compiled.append(1) or graph.forward)
+
+    def check(sample):
+        compiled.clear()
+        sample()
+        assert not compiled
+    check(lambda: generate(model, prompts, 6, temperature=0))
+    assert generate(model, prompts, 6, temperature=0) == expected
+    rejects(check, lambda: model(torch.tensor([[1, 2, 3]])))
+
+
 def test_greedy_batch_equals_one_at_a_time():
     """Prompts of different lengths, together and through the cache, complete as each alone by full forward passes and argmax.
     Among them are completions that end early and some that do not. Rejected: the same with a prompt's first token lost."""
@@ -1616,7 +1632,8 @@ def test_load_preferences(tmp_path):
 def test_conversations_of_several_turns(tmp_path):
     """Turns are joined by a blank line, here in `sft`'s "messages"; a blank turn among others is allowed. Rejected: no blank line."""
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "why"}]
-    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}, {"text": "plain"}])
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns, "text": None}, {"text": "plain", "messages": turns}])
+
     def check(blank):
         assert list(dpo.read_texts(path, "text")) == [(1, blank.join(["user: hello", "assistant: ", "user: why"])), (2, "plain")]
     check("\n\n")
@@ -1670,6 +1687,8 @@ def test_reward_is_read_at_the_last_token():
             close(found, alone, "is the reward read at a pad?", 1e-4)
     check(dpo.reward_scores)
     rejects(check, lambda model, tokens, mask: model(tokens)[:, -1, 0])
+    turns = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0]])               # two answers in a row: the end of the second
+    assert dpo.last_response_token(turns).nonzero().tolist() == [[0, 4], [1, 0]]
     close(dpo.score_completions(model, prompts, completions), alone, tolerance=1e-4)
 
 
@@ -3259,6 +3278,17 @@ def test_numbers_out_of_range_are_refused(world, option, capsys):
     with pytest.raises(SystemExit) as stop:
         run(*command(world, "dpo", "--out", "unused", *option.split()))
     assert stop.value.code == 2 and "out of range" in capsys.readouterr().err
+
+
+def test_resume_after_a_kill_soon_after_overwrite(world, tmp_path, monkeypatch):
+    """A kill before the first checkpoint of a run that overwrites another leaves neither's model nor config: --resume begins anew."""
+    arguments = command(world, "sft", "--out", tmp_path / "out")
+    assert run(*arguments) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "backward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*arguments, "--overwrite", "--seed", 1) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"metrics.jsonl", "tokenizer.json", "tokenizer_config.json"}
+    assert run(*arguments, "--resume", "--seed", 2) == 0
 
 
 def test_no_model_that_a_run_reads_is_overwritten(world, tmp_path, capfd):
