@@ -2625,7 +2625,7 @@ OPTIONS = {                             # name: (default, help). A type as defau
     "micro-batch": (int, "rows of one forward pass; less memory, same gradient"),
     "learning-rate": (float, "its peak; by default after the stage and the model's width"),
     "fsdp": (False, "under torchrun: shard the model (FSDP2) instead of copying it (DDP)"),
-    "compile": (False, "torch.compile the model"),
+    "compile": (False, "torch.compile the model for training; sampling stays uncompiled"),
     "ppo-epochs": (4, "passes over a rollout of --batch-size completions"),
     "minibatch": (int, "completions of one optimiser step; else the whole rollout"),
     "max-new-tokens": (48, "longest completion"), "n": (1, "completions of each prompt"),
