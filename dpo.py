@@ -371,7 +371,6 @@ def find_model(name) -> Path:
                      f"openai-community/{name} config.json model.safetensors tokenizer.json --local-dir {name}`, and bring that directory")
 
 
-@torch.compiler.disable                 # what depends on the data's values is not for the compiler
 def distinct_prefixes(tokens, keep):
     """The hidden state in column t depends on tokens[:, :t+1] only, so rows that begin alike share states: find each of them once.
 
@@ -390,7 +389,6 @@ def distinct_prefixes(tokens, keep):
     return at, state
 
 
-@torch.compiler.disable
 def similar_rows(keep, n: int = 3):
     """Rows sorted by length, in n parts, each padded to its own longest row: attention works on rectangles, and its work grows with the
     square of their width. A DPO step of the demonstration takes 10% less time than with one rectangle, PPO's 11%, the reward model's
@@ -754,6 +752,12 @@ def mixed_precision(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
 
 
+def uncompiled():
+    """Within, a compiled model runs as it was before: in generation each length would be compiled anew, and PyTorch 2.13's compiler reads
+    the cache wrongly. Without the compiler, which takes a second to load, no model is compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
 def completion_logps(model, prompts: list, completions: list, **options) -> torch.Tensor:
     """log pi(completion | prompt) of lists of ids, without gradient -> (n,). options: of `in_batches`."""
     return in_batches(sequence_logps, model, prompts, completions, **options)
@@ -785,8 +789,7 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
     completions = [None] * len(prompts)
     for start in progress_bar(progress is not None, range(0, len(order), batch_size), desc=progress, unit="batch"):
         rows = order[start:start + batch_size]
-        # even a compiled model is run uncompiled: each length would be compiled anew, and PyTorch 2.13's compiler reads the cache wrongly
-        with mixed_precision(next(model.parameters()).device), onednn_products(model), torch.compiler.set_stance("force_eager"):
+        with mixed_precision(next(model.parameters()).device), onednn_products(model), uncompiled():
             batch = _generate_batch(model, [prompts[i][-room:] for i in rows], max_new_tokens, temperature, top_k, top_p, stop_at_eos)
         for i, completion in zip(rows, batch):
             completions[i] = completion
