@@ -2124,6 +2124,23 @@ def test_errors_of_limit_and_efficiency():
     rejects(check_efficiency, 0.5)
 
 
+def test_no_efficiency_where_the_kl_may_be_zero():
+    """The KL must be above 0.01 nats and above three of its standard errors, or the efficiency would divide noise by noise. Rejected: two
+    standard errors, four."""
+    frontier, reward = dpo.build_frontier(np.random.default_rng(0).normal(size=(100, 50))), np.ones((100, 4))
+    judged = dict.fromkeys(("reward", "win", "grammatical", "length"), reward)
+    sign = np.tile([1.0, -1.0], 50)
+
+    def check(errors):
+        unit = 0.02 / dpo.standard_error(sign) / errors                          # 0.02 is so many standard errors
+        assert dpo.summarise(frontier, 0.02 + 0.99 * unit * sign, judged)["efficiency"] is not None
+        assert dpo.summarise(frontier, 0.02 + 1.01 * unit * sign, judged)["efficiency"] is None
+    check(3)
+    rejects(check, 2, 4)
+    assert dpo.summarise(frontier, np.full(100, 0.0099), judged)["efficiency"] is None
+    assert dpo.summarise(frontier, np.full(100, 0.0101), judged)["efficiency"] is not None
+
+
 def test_evaluation_measures_kl_on_the_policys_samples(tokenizer):
     """The row's KL is the mean of log pi - log pi_ref over the completions that the policy samples. Rejected: k3, the sign turned round."""
     policy, reference = (tiny_gpt(tokenizer.n_vocab, seed=seed) for seed in (1, 2))
