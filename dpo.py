@@ -374,7 +374,8 @@ def find_model(name) -> Path:
 def distinct_prefixes(tokens, keep):
     """The hidden state in column t depends on tokens[:, :t+1] only, so rows that begin alike share states: find each of them once.
 
-    tokens, keep (B,T) -> at (N,): for each state, a cell of B*T that has it; state (B*T,): for each cell, the number of its state.
+    tokens, keep (B,T) -> at (N,): for each state, a cell that has it, a place in the flattened tokens; state (B*T,): for each cell, the
+    number of its state.
     The rows  P Q a,  P Q b  have the states P, PQ, PQa and PQb: at = 0 1 2 5, state = 0 1 2 0 1 3 (or 3 and 4 for the first two of
     `at`, and in another order). All cells after a row's last kept one, which nobody reads, count as one more state.
     With eight completions a prompt there are 39% fewer states than cells, and DPO steps are 1.3 times as fast.
@@ -394,7 +395,7 @@ def similar_rows(keep, n: int = 3):
     square of their width. A DPO step of the demonstration takes 10% less time than with one rectangle, PPO's 11%, the reward model's
     14%; where all rows are equally long, a step takes 3% more.
 
-    keep (B,T) -> rectangles: (rows, width) of each part; places (P,): their cells, part by part, as numbers in B*T.
+    keep (B,T) -> rectangles: (rows, width) of each part; places (P,): their cells, part by part, each as its place in the flattened `keep`.
     """
     T, columns = keep.shape[1], torch.arange(keep.shape[1], device=keep.device)
     lengths, order = torch.where(keep, columns + 1, 1).amax(1).sort()            # (B,) up to the last kept position
@@ -447,7 +448,7 @@ class GPT(nn.Module):
             kept, copies = state[keep.flatten()].unique(return_inverse=True)     # (M,) states to return; (keep.sum(),) which of them
             rectangles, places = similar_rows(keep)
             read = state[places]                                                 # (P,) the state in each cell of the rectangles
-            found = torch.zeros_like(at).scatter_(0, read, torch.arange(len(read), device=at.device))      # (N,) state -> a place in read
+            found = torch.zeros_like(at).scatter_(0, read, torch.arange(len(read), device=at.device))      # (N,) state -> place in read
             wanted = len(copies)                                                 # what idle rows return is cut off below
             at, found, kept, copies = fill(at), fill(found), fill(kept), fill(copies)
             tokens, positions = tokens.flatten()[at], positions.flatten()[at]
@@ -753,8 +754,8 @@ def mixed_precision(device):
 
 
 def uncompiled():
-    """Within, a compiled model runs as it was before: in generation each length would be compiled anew, and PyTorch 2.13's compiler reads
-    the cache wrongly. Without the compiler, which takes a second to load, no model is compiled."""
+    """A context in which a compiled model runs uncompiled: `generate` would have each length compiled anew, and where the cache is written
+    the code of PyTorch 2.13's compiler gives wrong logits. It is not loaded for this, which takes a second: without it none is compiled."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
@@ -1634,7 +1635,7 @@ class PPO:
     gamma: float = 1.0                  # no discount: a review's end counts as much as its beginning
     lam: float = 0.95                   # GAE: 1 is the whole return (unbiased), 0 the critic's word (low variance)
     clip: float = 0.2                   # the ratio's range 1 +- clip
-    value_clip: float = 0.2             # a value's move beyond this from the rollout's gains nothing
+    value_clip: float = 0.2             # moving a value further than this from the rollout's gains nothing
     value_weight: float = 0.1           # of the critic's loss beside the policy's
     missing_eos: float = -1.0           # the most that a completion which did not end can score
     stop_at_eos: bool = True            # False: every completion has max_new_tokens tokens
@@ -1702,7 +1703,8 @@ def kl_estimates(policy_logps, reference_logps):
     """Two estimates per sample y ~ pi of KL(pi || pi_ref), from lr = log pi(y) - log pi_ref(y): both are unbiased.
 
     k1 = lr may be negative; k3 = e^-lr - 1 + lr never is. Near the reference k3 varies less, far from it much more. Beware: with
-    the sign of lr reversed, k3's mean is another divergence. Source: J. Schulman, "Approximating KL divergence", 2020.
+    the sign of lr reversed, k3's mean is another divergence. PPO logs k1, and section 11 reports it.
+    Source: J. Schulman, "Approximating KL divergence", 2020.
     """
     lr = policy_logps - reference_logps
     return lr, torch.expm1(-lr) + lr

@@ -42,8 +42,8 @@ import socket
 import subprocess
 import sys
 import threading
-import types
 import time
+import types
 import warnings
 import zlib
 from pathlib import Path
