@@ -3764,18 +3764,18 @@ def test_special_tokens_in_data_are_text(world, tmp_path):
     assert run("dpo", "--data", data, "--init", world / "sft", "--out", tmp_path / "out", "--steps", 2) == 0
 
 
-TEXTS = ["the plot was good, but", "é 日本 😀  \n\t y", "<|endoftext|> stays text", "'ll don't 12345 !!"]
+SAVED_TEXTS = ["the plot was good, but", "é 日本 😀  \n\t y", "<|endoftext|> stays text", "'ll don't 12345 !!"]
 
 
 def test_what_we_save_loads_in_transformers(world, monkeypatch):
     """AutoTokenizer and GPT2LMHeadModel read our directory: the same ids, logits to 1e-4; and we read what they save."""
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(world / "sft"), dpo.read_tokenizer(world / "sft")
-    for text in TEXTS:
+    for text in SAVED_TEXTS:
         assert theirs(text)["input_ids"] == dpo.encode(ours, text)
     assert theirs.eos_token_id == ours.eot_token == 299
     model, (own, _) = transformers.GPT2LMHeadModel.from_pretrained(world / "sft").eval(), dpo.open_model(world / "sft", "cpu")
-    tokens = torch.tensor([dpo.encode(ours, TEXTS[0])])
+    tokens = torch.tensor([dpo.encode(ours, SAVED_TEXTS[0])])
     close(own(tokens), model(tokens).logits, tolerance=1e-4)
 
 
@@ -3801,7 +3801,7 @@ def test_tokenizers_that_cut_otherwise_are_refused(world, tmp_path, change):
     saved = json.loads((world / "sft" / "tokenizer.json").read_text("utf-8"))
     saved["model"]["merges"] = [" ".join(merge) for merge in saved["model"]["merges"]]
     path.write_text(json.dumps(saved))
-    assert dpo.encode(dpo.read_tokenizer(tmp_path), TEXTS[1]) == dpo.encode(dpo.read_tokenizer(world / "sft"), TEXTS[1])
+    assert dpo.encode(dpo.read_tokenizer(tmp_path), SAVED_TEXTS[1]) == dpo.encode(dpo.read_tokenizer(world / "sft"), SAVED_TEXTS[1])
 
 
 def test_shards_and_their_tokenizers(world, tmp_path):
@@ -3812,11 +3812,11 @@ def test_shards_and_their_tokenizers(world, tmp_path):
     model.save_pretrained(tmp_path / "theirs", max_shard_size="10KB"), tokenizer.save_pretrained(tmp_path / "theirs")
     assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
     ours, encoding = dpo.open_model(tmp_path / "theirs", "cpu")
-    tokens = torch.tensor([dpo.encode(encoding, TEXTS[1])])
+    tokens = torch.tensor([dpo.encode(encoding, SAVED_TEXTS[1])])
     close(ours(tokens), model(tokens).logits, tolerance=1e-4)
     (tmp_path / "theirs" / "vocab.json").write_text(json.dumps(tokenizer.get_vocab()))
     (tmp_path / "theirs" / "tokenizer.json").unlink()
-    for text in TEXTS:
+    for text in SAVED_TEXTS:
         assert dpo.encode(dpo.open_model(tmp_path / "theirs", "cpu")[1], text) == dpo.encode(encoding, text) == tokenizer(text)["input_ids"]
 
 
