@@ -588,7 +588,7 @@ WIN = 1 / (1 + math.exp(-1))                                                 # s
 def adam(loss, parameters, steps, lr):
     """The parameters (a list of tensors) after so many steps of Adam on loss(parameters)."""
     parameters = [p.detach().clone().requires_grad_() for p in parameters]
-    optimiser = torch.optim.Adam(parameters, lr)
+    optimiser = torch.optim.Adam(parameters, lr, fused=True)
     for _ in range(steps):
         optimiser.zero_grad()
         loss(parameters).backward()
@@ -765,7 +765,7 @@ def ppo(clip=0.2, stop=None, epochs=4, iterations=60, episodes=1024, lr=0.1, his
     def method(lake, reference, beta, rng):
         log_reference = torch.tensor(reference).log()
         logits = log_reference.clone().requires_grad_()
-        optimiser = torch.optim.Adam([logits], lr, eps=1e-5)
+        optimiser = torch.optim.Adam([logits], lr, eps=1e-5, fused=True)
         for iteration in range(iterations):
             optimiser.param_groups[0]["lr"] = lr * (1 - iteration / iterations)
             # 1. episodes of the current policy
@@ -823,9 +823,9 @@ def network_inputs(lake, cells, steps):
 
 
 def network_policy(lake, weights):
-    """The networks' log-probabilities at every step and cell (copies,H,S,4)."""
-    steps, cells = np.indices((lake.horizon, len(lake.P)))
-    return network(weights, network_inputs(lake, cells, steps).flatten(0, 1)[None]).unflatten(1, steps.shape)
+    """The networks' log-probabilities at every step and cell (copies,H,S,4): what `network` gives for `network_inputs`."""
+    cells, steps = weights[0][:, None, :len(lake.P)], weights[0][:, len(lake.P):, None]          # the rows that ones select
+    return torch.log_softmax(torch.tanh(cells + steps) @ weights[1][:, None], -1)
 
 
 def ift_loss(lake, weights, trajectories, lam=0.2, gamma=0.95):
@@ -935,7 +935,7 @@ PAPER_ORDER = ("DPO", "IFT", "ORPO", "SFT")
 IFT_SETTINGS = ({"width": 16}, {"width": 256}, {"steps": 50}, {"steps": 600}, {"lam": 0.0}, {"lam": 0.5})
 
 
-def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20, seed=0):
+def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20, seed=0, methods=("untrained", *PAPER_ORDER, "PPO")):
     """{method: {"trajectory" and "all cells": MSE to pi*, "success": rate}}, each (seeds,); every seed has its own network and
     trajectories. SFT and IFT see the optimal one, DPO and ORPO the pair; PPO, which the paper left out, sees the reward (exact
     gradient). The reference is the untrained network; "all cells" are those (t,s) that can be reached."""
@@ -968,8 +968,8 @@ def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20,
     on_path = np.zeros((seeds, lake.horizon, len(lake.P)), bool)
     on_path[np.arange(seeds)[:, None], np.arange(lake.horizon), good["state"][:, 0, :-1]] = True
     result = {}
-    for name, loss in losses.items():
-        weights = adam(lambda weights: loss(weights).sum(), start, steps, lr=0.01) if loss else start
+    for name in (name for name in losses if name in methods):
+        weights = adam(lambda weights: losses[name](weights).sum(), start, steps, lr=0.01) if losses[name] else start
         policy = network_policy(lake, weights).exp().numpy()
         mse = np.square(policy - optimum).mean(-1)                                  # (seeds,H,S)
         result[name] = {"trajectory": (mse * on_path).sum((1, 2)) / on_path.sum((1, 2)),
@@ -1220,10 +1220,11 @@ def main(arguments=None):
         print(f"  {label:27s}" + "".join(f"{value:8.4f}" for value in curve[key]))
     plot_slip(curve, out / "gridworld_slip.png")
 
-    print_ift(ift_experiment(seed=seed))
+    result = ift_experiment(seed=seed)
+    print_ift(result)
     for setting in IFT_SETTINGS:
-        result = ift_experiment(seed=seed, **setting)
-        orders = (f"{metric}: {', '.join(order_of(result, metric)[0])}" for metric in ("trajectory", "all cells"))
+        changed = result | ift_experiment(seed=seed, methods=["IFT"] if "lam" in setting else PAPER_ORDER, **setting)
+        orders = (f"{metric}: {', '.join(order_of(changed, metric)[0])}" for metric in ("trajectory", "all cells"))
         print(f"  with {setting}: {'; '.join(orders)}")
     two, three = bandit_figures()
     print("\nTwo arms, one always preferred, its probability after 3000 steps: "
