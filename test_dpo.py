@@ -1162,6 +1162,7 @@ def test_eos_receives_gradient():
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sampling_is_never_compiled():
     """A compiled model samples as it would uncompiled: nothing of `generate` reaches the compiler, which in PyTorch 2.13 reads the cache of
     two layers wrongly. Rejected: a forward pass, which does reach it."""
@@ -2004,7 +2005,7 @@ def tiny_grpo(policy, reference, beta):
     tiny_ppo(policy, reference, beta, group=256)
 
 
-@pytest.mark.parametrize("train", [tiny_dpo, tiny_ppo, tiny_grpo])
+@pytest.mark.parametrize("train", [tiny_dpo, tiny_ppo, pytest.param(tiny_grpo, marks=pytest.mark.slow)])
 def test_trainers_reach_the_analytic_optimum(train):
     """DPO from pairs, PPO and GRPO from rewards all end within 3% total variation of pi_ref e^{r/beta} / Z, enumerated. With
     other random numbers PPO and GRPO end within 2%. Rejected: the reference, and the optima at half and at twice beta."""
@@ -2864,12 +2865,13 @@ def test_gridworld_policy_gradients(slip):
         assert dpo < best - 1e-3
 
 
-def test_gridworld_one_seed_gives_the_same_numbers():
+@pytest.mark.parametrize("method", [gw.METHODS["KTO"], gw.ppo(iterations=5), pytest.param(gw.METHODS["IFT, network"], marks=pytest.mark.slow)],
+                         ids=["KTO", "PPO", "IFT"])
+def test_gridworld_one_seed_gives_the_same_numbers(method):
     lake = gw.FrozenLake(SMALL)
     reference = gw.walker_policy(lake)
-    for method in (gw.METHODS["KTO"], gw.METHODS["IFT, network"], gw.ppo(iterations=5)):
-        first, again, other = (method(lake, reference, 0.1, np.random.default_rng(seed))[0] for seed in (0, 0, 1))
-        assert (first == again).all() and (first != other).any()
+    first, again, other = (method(lake, reference, 0.1, np.random.default_rng(seed))[0] for seed in (0, 0, 1))
+    assert (first == again).all() and (first != other).any()
 
 
 # --- IFT ----------------------------------------------------------------------------------------------------------------
@@ -2906,6 +2908,7 @@ def test_gridworld_ift_objective_by_hand():
     assert gw.ift_loss(lake, weights, batch)[0] != loss     # lam = .2 fuses the guess
 
 
+@pytest.mark.slow
 def test_gridworld_ift_experiment():
     """20 seeds, 6 policies, 2 errors: imitation fits the trajectory and leaves the other cells worse than no training at all;
     PPO, which sees the reward, is nearest the optimum on the trajectory. The paper's order is printed, not asserted."""
@@ -2923,6 +2926,7 @@ def test_gridworld_ift_experiment():
 
 # --- Failures -----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_gridworld_bandits_of_the_ipo_paper():
     """Two arms: DPO goes to pi = 1 for every beta, IPO to s(.5/tau). Three arms a > b > c: with c = 1/(2 tau), least squares of
     x = y = c, x + y = c is x = y = 2c/3, so pi = softmax(4c/3, 2c/3, 0): (.964, .034, .001), (.563, .289, .148) and
