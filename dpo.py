@@ -483,7 +483,7 @@ class GPT(nn.Module):
             exact = torch.promote_types(x.dtype, torch.float32)
             with torch.autocast(x.device.type, enabled=False):
                 x = F.linear(x.to(exact), self.score.weight.to(exact))
-        return x[:wanted] if flat else x
+        return x[:wanted].clone() if flat and len(x) > wanted else x             # a copy: FSDP2 warns of views
 
     def save_pretrained(self, directory, tensors=None):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
@@ -548,7 +548,7 @@ def replace_file(path: Path, write):
         os.replace(draft, path)
     except (OSError, RuntimeError, SafetensorError) as error:                    # how each library reports a full disk
         draft.unlink(missing_ok=True)
-        raise RunFailed(f"{path} could not be written, the old file is untouched: {str(error).splitlines()[0]}") from None
+        raise RunFailed(f"{path} could not be written (a full disk?), an older one is untouched: {str(error).splitlines()[0]}") from None
 
 
 class RunFailed(Exception):
@@ -1215,10 +1215,11 @@ def read_jsonl(path):
     record = None
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line     # a byte order mark
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                record = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
                 fault = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"not JSON: {getattr(error, 'msg', error)}"
                 raise ValueError(f"{path}:{number}: {fault}") from None
@@ -1593,7 +1594,7 @@ def last_response_token(mask):
 
 def reward_scores(reward_model, tokens, mask):
     """The reward model's score of each row, read at the response's last token. tokens, mask (B,T) -> (B,)."""
-    return reward_model(tokens, last_response_token(mask)).squeeze(-1)
+    return reward_model(tokens, last_response_token(mask)).view(len(tokens))
 
 
 def train_reward_model(reward_model, pairs: Pairs, training: Training, **options):
@@ -2490,7 +2491,7 @@ def loss_settings(options) -> dict:
             hyper[name] = float(value)
             found = LOSSES[options.loss](-one, -2 * one, -one, -one, beta=options.beta, chosen_lengths=one, rejected_lengths=one, **hyper)
             good = found.isfinite().all() and hyper.get("r_max", 1) > 0
-        except ValueError:
+        except (ValueError, RuntimeError):                                       # not a number; too large for one
             good = False
         except TypeError:
             raise ValueError(f"--hyper {setting}: the loss {options.loss} has no hyper-parameter {name!r}") from None
@@ -2542,7 +2543,9 @@ def stage_ppo(options, device) -> dict:
     sample = list(itertools.islice(itertools.cycle(prompts), 512))               # the reward's mean and spread before training
     completions = generate(policy, sample, options.max_new_tokens)
     scores = score_completions(reward_model, sample, completions)
-    mean, std = scores.mean(), max(scores.std(correction=0).item(), 1e-6)
+    mean, std = scores.mean(), scores.std(correction=0).item()
+    if std < 1e-6:
+        raise ValueError(f"{options.reward}: it gives all of {len(sample)} completions the same score, so there is nothing to learn")
     endless = sum(completion[-1] != tokenizer.eot_token for completion in completions)
     if 2 * endless > len(sample) and process()[0] == 0:
         print(f"{options.init}: {endless} of {len(sample)} completions do not end within --max-new-tokens {options.max_new_tokens}; "
