@@ -1382,7 +1382,8 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   h = d_w - d_l:
 #         L_DPO = -E[ log s( beta h ) ]                                        [test_loss_is_the_bradley_terry_likelihood]
 #     Why may pi stand for pi*? By (3) every policy is the optimum for the reward beta log(pi/pi_ref), so fitting pi fits a
-#     reward [Theorem 1]; with infinitely many labels the minimum has h = (r_w - r_l)/beta, and that is the pi* of (2).
+#     reward [Theorem 1]. With infinitely many labels of every pair the minimum has h = (r_w - r_l)/beta, and that is the pi* of
+#     (2), if the network can express it. Between completions that no chain of pairs connects, the loss sets no proportion.
 #     At the start pi = pi_ref, so h = 0 and the loss is log 2 = 0.6931 whatever the data.   [test_loss_starts_at_log_2]
 #
 # The gradient, by hand. Let z = beta h. Since d/dz log s(z) = 1 - s(z) = s(-z), and dz = beta dh, the chain rule gives
@@ -1544,13 +1545,13 @@ def ift_loss(model: GPT, tokens, mask, lam=0.2, gamma=0.95):
             embeddings = torch.where(predicted(mask)[..., None], (1 - lam) * own + lam * guessed, own)     # 2. are mixed in
     losses = -token_logps(lambda tokens: model(tokens, embeddings=embeddings), tokens, mask)     # 3. l_t
     if gamma == 0:
-        return (losses.sum(1) / predicted(mask).sum(1)).mean()
+        return (losses.sum(1) / predicted(mask).sum(1).clamp(min=1)).mean()
     to_come, c = torch.zeros_like(losses[:, 0]), []
     for t in reversed(range(tokens.shape[1])):                                                  # 4. c_t = sum_{i>=t} gamma^{i-t} l_i
         to_come = losses[:, t] + gamma * to_come
         c.append(to_come)
     c = torch.stack(c[::-1], 1) * predicted(mask)                                               # not detached
-    return ((losses * c).sum(1) / c.sum(1)).mean()                                              # 5. sum l_t c_t / sum c_t
+    return ((losses * c).sum(1) / c.sum(1).clamp(min=1e-30)).mean()                             # 5. sum l_t c_t / sum c_t; 0 for 0 / 0
 
 
 def by_name(name: str, formula):
@@ -1687,12 +1688,13 @@ def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, 
     direction that A asks for, the gradient of that token is exactly zero. Source: arXiv 1707.06347, Eq 7.
     value: 1/2 max( (V - R)^2, (clip(V, V_old +- value_clip) - R)^2 ).
     """
-    outside = ~mask.bool()
-    ratio = (logps - old_logps).masked_fill(outside, 0).exp()
+    logps, old_logps, advantages, values, old_values, returns = (
+        x.masked_fill(~mask.bool(), 0) for x in (logps, old_logps, advantages, values, old_values, returns))
+    ratio = (logps - old_logps).exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     value_loss = 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square())
-    return policy_loss.masked_fill(outside, 0), value_loss.masked_fill(outside, 0), ratio
+    return policy_loss, value_loss, ratio
 
 
 def adapt_beta(beta, kl, target, n, horizon):
@@ -1842,6 +1844,8 @@ def analytic_limit(rewards, betas):
 
 def build_frontier(rewards) -> Frontier:
     """The limit curve of rewards (P,K), on betas from far above the rewards' spread to far below."""
+    if not rewards.std() > 0:
+        raise ValueError("all rewards are equal: no policy is better than another")
     betas = rewards.std() * np.geomspace(30, 0.03, 120)
     return Frontier(rewards, betas, *analytic_limit(rewards, betas))
 

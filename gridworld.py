@@ -286,6 +286,7 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
 RETURNS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 WINS = torch.sigmoid(RETURNS[:, None] - RETURNS)                             # [i,j]: the chance that return i beats return j  (2,2)
 SOLVED_ON_SLIPPERY_ICE = ("dpo", "cdpo", "robust", "ipo")                    # for infinite data: section 7
+LEAST_BETA = 0.0025                                                          # on slippery ice: below, descent ends short of the minimum
 
 
 def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
@@ -294,8 +295,9 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     On deterministic ice it is exact, for all losses but orpo and simpo. On slippery ice it is available for sft, where it is exact
     too, and for dpo, cdpo, robust and ipo. These four are not convex in the policy there: the result is the minimum that descent
     from near the reference reaches, and others may be lower.             [test_gridworld_slippery_objective_has_other_minima]
-    flip: the chance that a label is reversed. ValueError for bad arguments and, on deterministic ice, if there is no minimiser;
-    OverflowError on slippery ice if beta times the log-ratios spans too wide a range for the series of `pair_expectation`.
+    flip: the chance that a label is reversed. ValueError for bad arguments; on deterministic ice, if there is no minimiser; on slippery
+    ice, if beta is below LEAST_BETA. OverflowError on slippery ice if beta times the log-ratios spans too wide a range for the series
+    of `pair_expectation`.
     """
     reference = check_arguments(lake, reference, beta)
     if not 0 <= flip <= 1:
@@ -309,6 +311,8 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
     elif loss == "sft":
         policy = tilt(lake, reference, winner_log_weights(lake, reference, flip))
     else:
+        if beta < LEAST_BETA:
+            raise ValueError(f"beta {beta:g} is below {LEAST_BETA}: on slippery ice descent would end short of the minimum")
         policy = minimise_over_policies(lake, reference, beta, loss, flip=flip, **hyper)
     return np.where((visits(lake, reference) > 0)[:, :, None], policy, reference)
 
@@ -546,7 +550,8 @@ def minimise_over_policies(lake, reference, beta, loss="dpo", advantage=None, an
 
 
 def advantages(lake, reference, beta):
-    """A*_t(s,a) = Q* - V* = beta log pi*/pi_ref, minus the regret. Labelled by its sums, DPO is exact on any ice (CPL, 2310.13639)."""
+    """A*_t(s,a) = Q* - V* = beta log pi*/pi_ref, the negative of the regret. Labelled by its sums, DPO is exact on any ice (CPL,
+    2310.13639)."""
     _, V, Q = soft_value_iteration(lake, check_arguments(lake, reference, beta), beta)
     return Q - V[:-1, :, None]
 
@@ -889,7 +894,7 @@ METHODS = {
 
 def methods_table(lake, reference, beta, seed=0, progress=None):
     """A row (dict) for every method: the columns of `score`, "own": max TV to its own known optimum, seconds, policy. A method whose
-    loss cannot be computed in float64 (on slippery ice, at a large beta) is left out and named on stderr."""
+    loss cannot be computed in float64 (on slippery ice, at a very large or small beta) is left out and named on stderr."""
     optimum, rows = soft_optimal_policy(lake, reference, beta), []
     for name, method in METHODS.items():
         if progress:
@@ -1185,8 +1190,8 @@ def main(arguments=None):
         lake = FrozenLake(options.map, options.slip, options.horizon)
         if options.horizon is None:
             lake = FrozenLake(lake.rows, lake.slip, lake.horizon + 2)
-        if not 0.0025 <= beta <= 50:
-            raise ValueError(f"beta {beta:g} is not between 0.0025 and 50: outside, float64 does not hold what every method needs")
+        if not LEAST_BETA <= beta <= 50:
+            raise ValueError(f"beta {beta:g} is not between {LEAST_BETA} and 50: outside, float64 does not hold what every method needs")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed is a whole number from 0 to 2^63 - 1, not {seed}")
         out.mkdir(parents=True, exist_ok=True)

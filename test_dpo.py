@@ -1401,6 +1401,12 @@ def test_ift_loss():
     close(gradient(dpo.ift_loss(model, tokens, mask, 0, 0)), gradient(sft), tolerance=1e-6)
     two, both = tokens.repeat(2, 1), torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]])      # each counts once; another border of the prompt
     close(dpo.ift_loss(model, two, both), (dpo.ift_loss(model, tokens, mask) + dpo.ift_loss(model, two[1:], both[1:])) / 2, tolerance=1e-6)
+    with torch.no_grad():                                                        # EOS for certain: a loss of 0, not 0 / 0
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.copy_(model.wte.weight[10] * 1e6)
+    for gamma in (0, 0.9):
+        assert dpo.ift_loss(model, tokens, torch.tensor([[0, 0, 0, 1]]), 0.2, gamma) == 0
+        assert dpo.ift_loss(model, tokens, torch.zeros_like(mask), 0.2, gamma) == 0                     # and no response at all
 
 
 def test_each_epoch_is_a_permutation():
@@ -1793,7 +1799,7 @@ def test_garbage_outside_the_mask_changes_nothing_in_ppo():
         white, grouped = dpo.whiten(advantages.masked_fill(mask == 0, junk), mask), dpo.group_advantages(rewards.detach(), mask, 2)
         policy, value, ratio = losses(logps, old_logps.detach(), white, values, old_values.detach(), returns.detach(), mask)
         gradients = torch.autograd.grad((policy + value).sum(), (logps, values))
-        return torch.stack([advantages, white, grouped, policy, value, ratio, *(g.masked_fill(mask == 0, 0) for g in gradients)])
+        return torch.stack([advantages, white, grouped, policy, value, ratio, *gradients])
 
     def check(losses):
         for junk in (1e6, -math.inf, math.nan):
@@ -2066,6 +2072,8 @@ def test_efficiency():
     """A policy on the limit has efficiency 1, one with half the gain at the same KL 1/2; the limit at beta is where theory puts it."""
     rewards = np.random.default_rng(0).normal(size=(4, 2000))
     frontier = dpo.build_frontier(rewards)
+    with pytest.raises(ValueError, match="equal"):
+        dpo.build_frontier(np.ones((4, 9)))
     kl, reward = frontier.at_beta(0.7)
     base = rewards.mean()
     for share in (1.0, 0.5):
@@ -2313,8 +2321,10 @@ def test_gridworld_bad_arguments():
             gw.population_dpo(lake, good, 0.1, loss)
     with pytest.raises(ValueError, match="no minimiser"):                   # e = .3 > 1 - s(1): robust DPO falls for ever
         gw.population_dpo(lake, good, 0.1, "robust", label_smoothing=0.3)
-    with pytest.raises(ValueError, match="slippery"):
-        gw.population_dpo(gw.FrozenLake(SMALL, 0.2), good, 0.1, "hinge")
+    for beta, loss in ((0.1, "hinge"), (1e-3, "dpo")):
+        with pytest.raises(ValueError, match="slippery"):
+            gw.population_dpo(gw.FrozenLake(SMALL, 0.2), good, beta, loss)
+    assert np.isfinite(gw.population_dpo(lake, good, 1e-3)).all()
 
 
 @pytest.mark.parametrize("flags", [["--map", "5x5"], ["--slip", "2"], ["--beta", "0"], ["--horizon", "0"], ["--map", "SF/G"],
