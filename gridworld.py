@@ -937,11 +937,12 @@ def convergence_curves(lake, reference, beta, seed=0):
 # IFT are level and DPO is last. Over all cells all four do worse than no training at all.
 
 PAPER_ORDER = ("DPO", "IFT", "ORPO", "SFT")
+IFT_METHODS = ("untrained", *reversed(PAPER_ORDER), "PPO")
 IFT_SETTINGS = ({"width": 16}, {"width": 256}, {"steps": 50}, {"steps": 600}, {"lam": 0.0}, {"lam": 0.5})
 
 
-def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20, seed=0, methods=("untrained", *PAPER_ORDER, "PPO")):
-    """{method: {"trajectory" and "all cells": MSE to pi*, "success": rate}}, each (seeds,); every seed has its own network and
+def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20, seed=0, methods=IFT_METHODS):
+    """{method of `methods`: {"trajectory" and "all cells": MSE to pi*, "success": rate}}, each (seeds,); every seed has its own network and
     trajectories. SFT and IFT see the optimal one, DPO and ORPO the pair; PPO, which the paper left out, sees the reward (exact
     gradient). The reference is the untrained network; "all cells" are those (t,s) that can be reached."""
     lake, rng = FrozenLake("4x4"), np.random.default_rng(seed)
@@ -973,7 +974,7 @@ def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20,
     on_path = np.zeros((seeds, lake.horizon, len(lake.P)), bool)
     on_path[np.arange(seeds)[:, None], np.arange(lake.horizon), good["state"][:, 0, :-1]] = True
     result = {}
-    for name in (name for name in losses if name in methods):
+    for name in methods:
         weights = adam(lambda weights: losses[name](weights).sum(), start, steps, lr=0.01) if losses[name] else start
         policy = network_policy(lake, weights).exp().numpy()
         mse = np.square(policy - optimum).mean(-1)                                  # (seeds,H,S)
