@@ -483,7 +483,7 @@ class GPT(nn.Module):
             exact = torch.promote_types(x.dtype, torch.float32)
             with torch.autocast(x.device.type, enabled=False):
                 x = F.linear(x.to(exact), self.score.weight.to(exact))
-        return x[:wanted].clone() if flat and len(x) > wanted else x             # a copy: FSDP2 warns of views
+        return x[:wanted].clone() if flat and len(x) > wanted else x             # without idle rows; FSDP2 warns of views
 
     def save_pretrained(self, directory, tensors=None):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
@@ -1594,7 +1594,8 @@ def last_response_token(mask):
 
 
 def reward_scores(reward_model, tokens, mask):
-    """The reward model's score of each row, read at the response's last token. tokens, mask (B,T) -> (B,)."""
+    """The reward model's score of each row, read at the response's last token. tokens, mask (B,T) -> (B,); a row without a response
+    is a RuntimeError."""
     return reward_model(tokens, last_response_token(mask)).view(len(tokens))
 
 
@@ -1688,8 +1689,9 @@ def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, 
     direction that A asks for, the gradient of that token is exactly zero. Source: arXiv 1707.06347, Eq 7.
     value: 1/2 max( (V - R)^2, (clip(V, V_old +- value_clip) - R)^2 ).
     """
+    outside = ~mask.bool()
     logps, old_logps, advantages, values, old_values, returns = (
-        x.masked_fill(~mask.bool(), 0) for x in (logps, old_logps, advantages, values, old_values, returns))
+        x.masked_fill(outside, 0) for x in (logps, old_logps, advantages, values, old_values, returns))
     ratio = (logps - old_logps).exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
@@ -1844,7 +1846,7 @@ def analytic_limit(rewards, betas):
 
 def build_frontier(rewards) -> Frontier:
     """The limit curve of rewards (P,K), on betas from far above the rewards' spread to far below."""
-    if not rewards.std() > 0:
+    if rewards.min() == rewards.max():
         raise ValueError("all rewards are equal: no policy is better than another")
     betas = rewards.std() * np.geomspace(30, 0.03, 120)
     return Frontier(rewards, betas, *analytic_limit(rewards, betas))

@@ -829,7 +829,7 @@ def network_inputs(lake, cells, steps):
 
 def network_policy(lake, weights):
     """The networks' log-probabilities at every step and cell (copies,H,S,4): what `network` gives for `network_inputs`."""
-    cells, steps = weights[0][:, None, :len(lake.P)], weights[0][:, len(lake.P):, None]          # the rows that ones select
+    cells, steps = weights[0][:, None, :len(lake.P)], weights[0][:, len(lake.P):, None]          # a one-hot input selects a row
     return torch.log_softmax(torch.tanh(cells + steps) @ weights[1][:, None], -1)
 
 
@@ -942,9 +942,9 @@ IFT_SETTINGS = ({"width": 16}, {"width": 256}, {"steps": 50}, {"steps": 600}, {"
 
 
 def ift_experiment(width=64, steps=200, lam=0.2, gamma=0.95, beta=0.1, seeds=20, seed=0, methods=IFT_METHODS):
-    """{method of `methods`: {"trajectory" and "all cells": MSE to pi*, "success": rate}}, each (seeds,); every seed has its own network and
+    """{method: {"trajectory" and "all cells": MSE to pi*, "success": rate}}, each (seeds,); every seed has its own network and
     trajectories. SFT and IFT see the optimal one, DPO and ORPO the pair; PPO, which the paper left out, sees the reward (exact
-    gradient). The reference is the untrained network; "all cells" are those (t,s) that can be reached."""
+    gradient). The reference is the untrained network; "all cells" are those (t,s) that can be reached. methods: which to train."""
     lake, rng = FrozenLake("4x4"), np.random.default_rng(seed)
     uniform = uniform_policy(lake)
 
@@ -1228,7 +1228,7 @@ def main(arguments=None):
 
     result = ift_experiment(seed=seed)
     print_ift(result)
-    for setting in IFT_SETTINGS:
+    for setting in IFT_SETTINGS:                                                    # lam is IFT's alone
         changed = result | ift_experiment(seed=seed, methods=["IFT"] if "lam" in setting else PAPER_ORDER, **setting)
         orders = (f"{metric}: {', '.join(order_of(changed, metric)[0])}" for metric in ("trajectory", "all cells"))
         print(f"  with {setting}: {'; '.join(orders)}")
