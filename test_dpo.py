@@ -1,7 +1,7 @@
 """Tests of dpo.py: the mathematics first, then the machinery.
 
     pytest                                       everything, in some minutes
-    pytest -m "not slow"                         all but the kills, the processes and the training on real text: within a minute
+    pytest -m "not slow"                         all but experiments of seconds, notebooks, kills and processes: within a minute
     DPO_MODULE=my_dpo pytest -k loss             the loss tests alone, against your own my_dpo.py
     DPO_MODULE=exercises pytest                  all that grades a module of notebooks/ or your own, and nothing else
 
@@ -1208,6 +1208,22 @@ def test_greedy_batch_equals_one_at_a_time():
     check(prompts)
     assert generate(model, prompts, 8, temperature=0, batch_size=3) == expected
     rejects(check, [prompt[1:] or prompt for prompt in prompts])
+
+
+def test_equal_beginnings_are_read_once(monkeypatch):
+    """Of six prompts with three beginnings of two tokens the model reads three rows, then goes on with all six; four end first. Each
+    completes as alone. Rejected: completions in the order of the distinct beginnings."""
+    model, prompts, read = tiny_gpt(seed=11), [[7, 3], [2, 5, 1], [7, 3], [2, 5], [2, 4], [2, 5, 1]], []
+    alone = [generate(model, [prompt], 4, temperature=0, stop_at_eos=False)[0] for prompt in prompts]
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, tokens, **more: read.append(tokens.tolist()) or forward(self, tokens, **more))
+    together = generate(model, prompts, 4, temperature=0, stop_at_eos=False)
+    assert sorted(read[0]) == [[2, 4], [2, 5], [7, 3]] and {len(rows) for rows in read[1:]} == {6, 2}
+
+    def check(completions):
+        assert completions == alone
+    check(together)
+    rejects(check, [alone[i] for i in (4, 1, 5, 3, 0, 2)])
 
 
 def test_samples_follow_the_model():
@@ -2725,6 +2741,7 @@ def wrong_variants(lake, reference, beta, only=""):
     return {name: fit(**changed) for name, changed in variants.items() if name.startswith(only)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta, least", [(0.1, {"hard labels": 1e-4, "labels at twice the scale": 1e-4}), (0.5, {})])
 def test_gridworld_wrong_variants_fail(beta, least):
     """Every mistake ends at least 1000 times further from pi* (max TV) than the right loss. At beta .1 hard labels look right
@@ -2741,6 +2758,7 @@ def test_gridworld_wrong_variants_fail(beta, least):
     assert mse < 1e-5 if beta == 0.1 else mse > 0.03
 
 
+@pytest.mark.slow
 def test_gridworld_sampled_dpo_converges_as_one_over_root_n():
     """From n pairs the error falls as n^-1/2: slope within .1 over two decades, 8 seeds. Wrong labels leave a floor instead."""
     result = gw.convergence()
@@ -2756,6 +2774,7 @@ def test_gridworld_sampled_dpo_converges_as_one_over_root_n():
 
 # --- The methods --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_gridworld_every_method_reaches_its_own_optimum():
     """On one table: the exact methods are within 1e-6 of the optimum that theory gives them, and those whose optimum is pi*
     within 1e-6 of pi*; IPO, cDPO, EXO, chi-squared PO, MRPO, APO and Preferred-FT are not at pi*."""
@@ -4019,7 +4038,8 @@ TINY = dict(sft_steps=20, prompts=64, dpo_steps=8, reward_model_steps=8, baselin
             limit_samples=64)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3])
 def test_demonstration_writes_what_it_promises(tmp_path, capsys, monkeypatch, processes):
     """summary.json holds every method with every column, finite or null; losses start at log 2 and ratios at 1; the figures are there."""
     if processes == 1:                                                           # and less of everything: a few seconds less
