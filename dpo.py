@@ -37,7 +37,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import hashlib
 import inspect
 import itertools
 import json
@@ -102,19 +101,14 @@ SHARED_CLOSINGS = {"highly recommended": 3.0, "i loved it": 2.0, "what a treat":
 DOMAIN_CLOSINGS = {"film": {"worth every minute": 3.0, "go and see it twice": 2.0, "we left early": -2.0, "a waste of time": -3.0},
                    "meal": {"worth every bite": 3.0, "we will come back soon": 2.0, "we went home hungry": -2.0,
                             "a waste of good food": -3.0}}
-ZIPF = 1.3                              # the first word of a list is the commonest, the k-th is k^-1.3 as common
 OPINIONS = {domain: {word: value for bank in (SHARED_OPINIONS, own) for value, words in bank.items() for word in words.split()}
             for domain, own in DOMAIN_OPINIONS.items()}                          # domain -> word -> value
 CLOSINGS = {domain: {**SHARED_CLOSINGS, **own} for domain, own in DOMAIN_CLOSINGS.items()}
-BY_RANK = [1 / (1 + rank) ** ZIPF for rank in range(30)]
+BY_RANK = [1 / (1 + rank) ** 1.3 for rank in range(30)]      # Zipf's law: the k-th word of a list is k^-1.3 as common as its first
 FREQUENCY = {word: frequency for banks in (SHARED_OPINIONS, *DOMAIN_OPINIONS.values()) for words in banks.values()
              for word, frequency in zip(words.split(), BY_RANK)}
-
-
-@functools.cache
-def opinion_weights(domain: str, mood: int) -> list[float]:
-    """How likely each of the domain's opinions is in a mood, -1, 0 or 1, up to a factor."""
-    return [FREQUENCY[word] * math.exp(1.25 * mood * value) for word, value in OPINIONS[domain].items()]
+WEIGHTS = {(domain, mood): [FREQUENCY[word] * math.exp(1.25 * mood * value) for word, value in opinions.items()]
+           for domain, opinions in OPINIONS.items() for mood in (-1, 0, 1)}      # how likely each opinion is in a mood, up to a factor
 
 
 def sample_review(rng: random.Random, domain: str = "film") -> str:
@@ -124,7 +118,7 @@ def sample_review(rng: random.Random, domain: str = "film") -> str:
 
     def clause(mood):
         negation = rng.choices(["", *NEGATIONS], (15, 3, 1, 1))[0]
-        opinion = rng.choices(list(OPINIONS[domain]), opinion_weights(domain, -mood if negation else mood))[0]
+        opinion = rng.choices(list(OPINIONS[domain]), WEIGHTS[domain, -mood if negation else mood])[0]
         intensifier = zipf(list(INTENSIFIERS)) if rng.random() < 0.4 else ""
         return " ".join(word for word in ("the", zipf(ASPECTS[domain]), zipf(VERBS), negation, intensifier, opinion) if word)
 
@@ -771,7 +765,7 @@ def completion_logratios(policy, reference, prompts: list, completions: list, **
 
 @torch.no_grad()
 def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0,
-             stop_at_eos: bool = True, batch_size: int = 512, progress: str | None = None) -> list:
+             stop_at_eos: bool = True, batch_size: int = 1024, progress: str | None = None) -> list:
     """Sample one completion for each prompt (lists of ids, of any lengths, each with one token at least).
 
     Returns lists of ids without the prompt, EOS included where one was sampled. temperature 0 is greedy; top_k and top_p
@@ -787,7 +781,9 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
     if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))           # rows of one batch have similar prompts
-    completions = [None] * len(prompts)
+    completions, longest = [None] * len(prompts), min(room, max(map(len, prompts), default=0)) + max_new_tokens
+    a_row = 2 * longest * model.config.n_layer * model.config.n_embd             # numbers: its keys and values
+    batch_size = max(1, min(batch_size, 2 ** 28 // a_row))                       # 1 GB of them at most
     for start in progress_bar(progress is not None, range(0, len(order), batch_size), desc=progress, unit="batch"):
         rows = order[start:start + batch_size]
         with mixed_precision(next(model.parameters()).device), onednn_products(model), uncompiled():
@@ -1305,9 +1301,8 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
     """Tokenise prompt and completion apart and put EOS after the completion: so a prompt's ids are always a prefix of the
     whole. A prompt too long for the block is cut on the left. A completion that does not fit is a ValueError, "path:line: ...",
     or its pair is left out. Texts are not kept: repeats are known by a hash of eight bytes."""
-    prompts, completions, row_of = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), {}
+    prompts, completions, row_of, prompt_of = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), {}, {}
     found, cut, left_out = array("q"), 0, 0                                      # found: the five columns below, pair by pair
-    digest = lambda text: int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     for number, pair in enumerate(preferences, 1):
         where = f"{path}:{pair.line or number}"
         prompt = encode(tokenizer, pair.prompt)
@@ -1324,19 +1319,19 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
                              f"{block_size} (--skip-long leaves such pairs out)")
         cut += len(prompt) > room
         for completion in sides.values():
-            key = digest(f"{prompt[-room:]} {completion}")
+            key = hash(f"{prompt[-room:]} {completion}")
             if key not in row_of:
                 row_of[key] = len(prompts)
                 prompts.append(prompt[-room:])
                 completions.append(completion)
             found.append(row_of[key])
-        found.extend((digest(pair.prompt), pair.line or number, is_held_out(pair.prompt)))
-    chosen, rejected, prompt_hash, lines, held_out = np.array(found).reshape(-1, 5).T.copy()
+        prompt_number = prompt_of.setdefault(hash(pair.prompt), len(prompt_of))
+        found.extend((prompt_number, pair.line or number, is_held_out(pair.prompt)))
+    chosen, rejected, prompt_index, lines, held_out = np.array(found).reshape(-1, 5).T.copy()
     counts = {"duplicates": len(chosen) - len(np.unique(np.stack([chosen, rejected], axis=1), axis=0)),
               "pairs with chosen == rejected": int((chosen == rejected).sum()),
               "pairs with a cut prompt": cut,
               "pairs left out, too long": left_out}
-    prompt_index = np.unique(prompt_hash, return_inverse=True)[1]
     return Pairs(prompts, completions, chosen, rejected, prompt_index, lines, held_out.astype(bool), counts)
 
 
@@ -1765,13 +1760,12 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
     """
     for model in (policy, reference, critic or policy):
         model.eval()                                                             # no dropout, not even in the first rollout
-    rng, device = np.random.default_rng(training.seed), next(policy.parameters()).device
-    state = {"beta": ppo.beta, "rng": rng.bit_generator.state}                   # what batches(step) remembers: see `fit`
-    steps_per_epoch = ppo.rollout // ppo.minibatch
+    device, state = next(policy.parameters()).device, {"beta": ppo.beta}         # state: what batches(step) remembers, see `fit`
+    rows = shuffled(ppo.rollout, replace(training, batch_size=ppo.minibatch))    # its epochs are the passes over a rollout
 
     def batches(step):
-        rng.bit_generator.state = state["rng"]                                   # after --resume the saved one
-        if step % (ppo.epochs * steps_per_epoch) == 0:
+        if step % (ppo.epochs * ppo.rollout // ppo.minibatch) == 0:
+            rng = np.random.default_rng([training.seed, step, 1])                # 1: another stream of numbers than `shuffled` draws
             state["rows"] = rng.integers(len(prompts), size=ppo.rollout // (ppo.group or 1)).repeat(ppo.group or 1).tolist()
             drawn = [prompts[i] for i in state["rows"]]
             state["data"], state["statistics"], completions = ppo_rollout(
@@ -1780,11 +1774,7 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
                 state["statistics"].update(watch(drawn, completions))
             if ppo.target_kl:                                                                                     # 6
                 state["beta"] = adapt_beta(state["beta"], state["statistics"]["kl"], ppo.target_kl, ppo.rollout, ppo.kl_horizon)
-        if step % steps_per_epoch == 0:
-            state["order"] = rng.permutation(ppo.rollout).tolist()
-        state["rng"] = rng.bit_generator.state
-        start = step % steps_per_epoch * ppo.minibatch
-        parts = micro_batches_of(state["order"][start:start + ppo.minibatch], training)
+        parts = micro_batches_of(rows(step), training)
         return [{**{name: tensor[part].to(device) for name, tensor in state["data"].items()}, "data": [state["rows"][i] for i in part],
                  "count": int(state["data"]["mask"][part].sum())} for part in parts]
 
@@ -1838,12 +1828,10 @@ def analytic_limit(rewards, betas):
     """rewards (P,K) of reference samples, betas (G,) -> kl (P,G) in nats, reward (P,G) of pi_ref e^{r/beta}/Z."""
     kl, reward = [], []
     for beta in betas:
-        scaled = rewards / beta
-        top = scaled.max(1, keepdims=True)                                       # for a stable log-mean-exp
-        weights = np.exp(scaled - top)
-        expected = (weights * rewards).sum(1) / weights.sum(1)
+        scaled = torch.from_numpy(rewards / beta)
+        expected = (scaled.softmax(1).numpy() * rewards).sum(1)
         reward.append(expected)
-        kl.append(expected / beta - np.log(weights.mean(1)) - top[:, 0])
+        kl.append(expected / beta - scaled.logsumexp(1).numpy() + math.log(rewards.shape[1]))      # log mean = logsumexp - log K
     return np.stack(kl, 1), np.stack(reward, 1)
 
 
@@ -2264,10 +2252,10 @@ def over_seeds(methods: dict) -> dict:
 
 
 def limit_points(*frontiers: Frontier) -> list[dict]:
-    """The limit curve, averaged over seeds; se: the standard error over prompts of its gain over the reference."""
-    curves = [(f.betas, f.kl.mean(0), f.reward.mean(0),
-               np.apply_along_axis(standard_error, 0, f.reward - f.rewards.mean(1, keepdims=True)) / math.sqrt(len(frontiers)))
-              for f in frontiers]
+    """The limit curve, averaged over seeds; se: the standard error over prompts of its gain over the reference at this KL. Other prompts
+    would have another KL at this beta, and a nat along the curve is worth beta: so beta times each prompt's KL is taken off."""
+    curves = [(f.betas, f.kl.mean(0), f.reward.mean(0), np.apply_along_axis(
+        standard_error, 0, f.reward - f.betas * f.kl - f.rewards.mean(1, keepdims=True)) / math.sqrt(len(frontiers))) for f in frontiers]
     return [dict(zip(("beta", "kl", "reward", "se"), point)) for point in np.mean(curves, 0).T.tolist()]
 
 

@@ -24,6 +24,7 @@ Ten mistakes seen in public DPO and RLHF code, each planted below, and the test 
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -1226,6 +1227,20 @@ def test_equal_beginnings_are_read_once(monkeypatch):
     rejects(check, [alone[i] for i in (4, 1, 5, 3, 0, 2)])
 
 
+def test_cached_keys_and_values_are_bounded(monkeypatch):
+    """A batch holds as many rows as 2^28 cached numbers allow: with 4 layers of width 1024 and 64 tokens, 512. Rejected: the rows
+    that were asked for."""
+    model, batches = tiny_gpt(), []
+    model.config = dataclasses.replace(model.config, n_layer=4, n_embd=1024, block_size=64)
+    monkeypatch.setattr(dpo, "_generate_batch", lambda model, prompts, *more: batches.append(len(prompts)) or prompts)
+    generate(model, [[0] * 24] * 1200, 40)
+
+    def check(rows):
+        assert batches == [rows, rows, 1200 - 2 * rows]
+    check(512)
+    rejects(check, 1024)
+
+
 def test_samples_follow_the_model():
     """3000 samples for each of two prompts of different lengths: counts of all 13 completions of up to 2 tokens against
     e^{sequence_logps}, by chi-square. Rejected: samples at temperature 0.7. The same seed gives the same samples."""
@@ -2130,6 +2145,24 @@ def test_best_of_n_row_is_of_the_best():
             close(row[name], truth[column].reshape(6, 4)[which].mean())
     check(lambda fours: fours.argmax(1))
     rejects(check, lambda fours: fours.argmin(1), lambda fours: np.zeros(6, int))
+
+
+def test_error_of_the_limit_is_at_its_kl():
+    """The limit's standard error against its meaning: the spread of the gain at one KL when the prompts are drawn anew, 400 times from
+    the 300 there are. Rejected: the spread at one beta, which the figure's axes do not show; twice the error."""
+    rng = np.random.default_rng(0)
+    frontier = dpo.build_frontier(rng.normal(size=(300, 1)) + rng.gamma(2.0, size=(300, 1)) * rng.normal(size=(300, 128)))
+    points = dpo.limit_points(frontier)
+    kl, errors = np.array([point["kl"] for point in points]), np.array([point["se"] for point in points])
+    draws = [rng.integers(300, size=300) for _ in range(400)]
+
+    def check(errors):
+        for place in (0.1, 1.0, 2.0):
+            drawn = [frontier.at_kl(place, draw) - frontier.rewards[draw].mean() for draw in draws]
+            assert abs(np.interp(place, kl, errors) / np.std(drawn) - 1) < 0.15, place
+    check(errors)
+    at_beta = (frontier.reward - frontier.rewards.mean(1, keepdims=True)).std(0, ddof=1) / math.sqrt(300)
+    rejects(check, at_beta, 2 * errors)
 
 
 def test_errors_of_limit_and_efficiency():
