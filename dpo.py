@@ -71,9 +71,7 @@ from tqdm import tqdm
 # nothing. PyTorch reads this when it makes the first tensor
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-# ======================================================================================================================
-# 2. The review language: a small world whose true reward is known
-# ======================================================================================================================
+# === 2. The review language: a small world whose true reward is known =================================================
 # A review is one to four clauses and perhaps a closing remark:
 #     the plot was very clever, but the acting felt hardly moving. highly recommended.
 # Every opinion has a value and the words around it multiply it, so the true reward of any text can be computed, which no
@@ -203,9 +201,7 @@ def sample_prompts(seed: int, n: int, held_out: bool, domain: str = "film") -> l
     return found
 
 
-# ======================================================================================================================
-# 3. The tokenizer: byte-pair encoding
-# ======================================================================================================================
+# === 3. The tokenizer: byte-pair encoding =============================================================================
 
 EOS_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""   # how GPT-2 cuts text into words
@@ -248,9 +244,7 @@ def load_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
     """A public encoding by name. tiktoken fetches it once and keeps it; without network or cache, one clear line."""
     try:
         return tiktoken.get_encoding(name)
-    except ValueError as error:
-        raise ValueError(f"unknown encoding {name!r}: {error}") from None
-    except Exception as error:                                                   # requests' many kinds of network error
+    except OSError as error:                                                     # requests' network errors are OSErrors
         raise OSError(f"the {name!r} encoding is not in tiktoken's cache and could not be fetched ({type(error).__name__}): run "
                       f"`python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"` once with a network, "
                       f"with TIKTOKEN_CACHE_DIR set to a directory you can bring here") from None
@@ -266,9 +260,7 @@ def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
     return tokenizer.decode([i for i in ids if i != tokenizer.eot_token])
 
 
-# ======================================================================================================================
-# 4. The model: GPT-2
-# ======================================================================================================================
+# === 4. The model: GPT-2 ==============================================================================================
 
 @dataclass
 class GPTConfig:
@@ -398,6 +390,30 @@ def similar_rows(keep, n: int = 3):
     return list(zip(map(len, rows), widths)), places
 
 
+class Packed:
+    """How `GPT.forward` computes what `keep` asks for and no more: x is (N, C), each distinct prefix once, instead of (B, T, C). The
+    numbers are the same (but cells that share a state share dropout). Attention alone needs whole rows, so it unpacks them.
+
+    tokens, keep (B,T). cells (N,): where in the flattened tokens each state is. kept (M,): the states to return; copies (keep.sum(),):
+    which of these, row by row. read (P,): the state in each cell of `rectangles`; found (N,): where in `read` a state is.
+    """
+
+    def __init__(self, tokens, keep):
+        cells, state = distinct_prefixes(tokens, keep)
+        kept, copies = state[keep.flatten()].unique(return_inverse=True)
+        self.rectangles, places = similar_rows(keep)
+        self.read = state[places]
+        found = torch.zeros_like(cells).scatter_(0, self.read, torch.arange(len(self.read), device=cells.device))
+        self.wanted = len(copies)                                                # what idle rows return is cut off at this
+        self.cells, self.kept, self.copies, self.found = map(fill, (cells, kept, copies, found))
+
+    def attend(self, qkv, only, in_rows):
+        """in_rows, attention in rows (b, t, 3C) -> (b, t, C), of packed states: (N, 3C) -> (N, C), or (M, C) with only."""
+        parts = take(qkv, self.read).split([rows * width for rows, width in self.rectangles])
+        y = torch.cat([in_rows(part.view(*rectangle, -1)).flatten(0, 1) for part, rectangle in zip(parts, self.rectangles)])
+        return take(y, self.found if only is None else self.found[only])
+
+
 class GPT(nn.Module):
     """GPT-2's architecture. With n_outputs, a linear head of that width replaces the language-model head:
     one output makes it a reward model or a critic."""
@@ -424,7 +440,7 @@ class GPT(nn.Module):
         tokens (B,T) long, the first at position `start`. Returns (B,T,V), V = vocab_size or n_outputs.
         keep (B,T) bool: return the outputs of these positions only, (keep.sum(), V), row by row. Without a cache, what follows a row's
         last kept position is skipped (attention is causal), pads first of all; and where rows begin alike, as the completions of one
-        prompt do, the common beginning is computed once. See `distinct_prefixes`.
+        prompt do, the common beginning is computed once. See `Packed`.
         cache (n_layer, 2, B, T_max, n_head, head_size): keys and values of the `start` tokens before; those of `tokens` are written
         into it. See `generate`.
         embeddings (B,T,C), without keep: what the model reads instead of the tokens' own embeddings. See `ift_loss`.
@@ -434,18 +450,9 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit in a block of {self.config.block_size}")
         assert cache is None or start == 0 or T == 1, "after a filled cache, one token at a time"
         positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
-        # flat: x is (N, C), each distinct prefix once, not (B, T, C). The numbers are the same (but cells that share a state share
-        # dropout): on a first reading take False for it
-        flat, kept = keep is not None and cache is None, None
-        if flat:
-            at, state = distinct_prefixes(tokens, keep)                          # (N,) state -> cell; (B*T,) cell -> state
-            kept, copies = state[keep.flatten()].unique(return_inverse=True)     # (M,) states to return; (keep.sum(),) which of them
-            rectangles, places = similar_rows(keep)
-            read = state[places]                                                 # (P,) the state in each cell of the rectangles
-            found = torch.zeros_like(at).scatter_(0, read, torch.arange(len(read), device=at.device))      # (N,) state -> place in read
-            wanted = len(copies)                                                 # what idle rows return is cut off below
-            at, found, kept, copies = fill(at), fill(found), fill(kept), fill(copies)
-            tokens, positions = tokens.flatten()[at], positions.flatten()[at]
+        packed = Packed(tokens, keep) if keep is not None and cache is None else None           # on a first reading, None
+        if packed:
+            tokens, positions = tokens.flatten()[packed.cells], positions.flatten()[packed.cells]
         dropout = self.config.dropout if self.training else 0.0
         caches = (cache[layer] for layer in range(self.config.n_layer))          # attend is called once in each layer, in order
 
@@ -457,27 +464,23 @@ class GPT(nn.Module):
                 k, v = so_far
             return attention(*(x.transpose(1, 2) for x in (q, k, v)), dropout).transpose(1, 2).flatten(2)
 
-        def attend(qkv, only):                                                   # (B, T, 3C) -> (B, T, C); flat (N, 3C) -> (N or M, C)
-            if not flat:
-                return in_rows(qkv)
-            parts = take(qkv, read).split([rows * width for rows, width in rectangles])         # attention alone needs whole rows
-            y = torch.cat([in_rows(part.view(*rectangle, -1)).flatten(0, 1) for part, rectangle in zip(parts, rectangles)])
-            return take(y, found if only is None else found[only])
+        def attend(qkv, only):                                                   # `only` is given to a packed model only
+            return packed.attend(qkv, only, in_rows) if packed else in_rows(qkv)
 
         embeddings = self.wte(tokens) if embeddings is None else embeddings
         x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
         for block in self.h[:-1]:
             x = block(x, attend)
-        x = self.ln_f(self.h[-1](x, attend, kept))                               # flat: (M, C), for no later layer asks for the others
+        x = self.ln_f(self.h[-1](x, attend, packed and packed.kept))             # (M, C) if packed: no later layer asks for the others
         if keep is not None:
-            x = take(x, copies) if flat else x[keep]
+            x = take(x, packed.copies) if packed else x[keep]
         if self.score is None:
             x = F.linear(x, self.wte.weight)
         else:                                                                    # rewards and values: never in half precision
             exact = torch.promote_types(x.dtype, torch.float32)
             with torch.autocast(x.device.type, enabled=False):
                 x = F.linear(x.to(exact), self.score.weight.to(exact))
-        return x[:wanted].clone() if flat and len(x) > wanted else x             # without idle rows; FSDP2 warns of views
+        return x[:packed.wanted].clone() if packed and len(x) > packed.wanted else x            # no idle rows; FSDP2 warns of views
 
     def save_pretrained(self, directory, tensors=None):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
@@ -503,21 +506,26 @@ class GPT(nn.Module):
         if not (directory / "config.json").is_file():
             raise ValueError(f"{directory}: no config.json there; a model is a directory with config.json and model.safetensors")
         config = json.loads((directory / "config.json").read_text())
-        if config.get("model_type", "gpt2") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
-            raise ValueError(f"{directory}: not a GPT-2 with the tanh form of GELU")
+        usual = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+                 "scale_attn_by_inverse_layer_idx": False, "n_inner": 4 * config.get("n_embd", 0)}
+        for name, value in usual.items():
+            if config.get(name) not in (None, value):
+                raise ValueError(f"{directory}: its {name} is {config[name]}, and this GPT-2's is {value}")
+        if isinstance(eos := config.get("eos_token_id"), list):
+            raise ValueError(f"{directory}: it has several EOS ids, {eos}, and this GPT-2 has one")
         tensors = {name.removeprefix("transformer."): value for shard in sorted(directory.glob("model*.safetensors"))
                    for name, value in load_file(shard).items()}
-        head, epsilon = tensors.get("lm_head.weight"), config.get("layer_norm_epsilon", 1e-5)
-        scaled = config.get("scale_attn_weights", True) and not config.get("scale_attn_by_inverse_layer_idx", False)
-        if (head is not None and not torch.equal(head, tensors["wte.weight"])) or epsilon != 1e-5 or not scaled:
-            raise ValueError(f"{directory}: an untied head, another layer norm or scale of attention, which this GPT-2 does not have")
+        if not tensors:
+            raise ValueError(f"{directory}: no model.safetensors there")
+        if not torch.equal(tensors.get("lm_head.weight", tensors["wte.weight"]), tensors["wte.weight"]):
+            raise ValueError(f"{directory}: an untied head, which this GPT-2 does not have")
         # the causal masks of old checkpoints (".attn.bias") and the tied head are not parameters; "c_attn.bias" is one
         tensors = {name: value.t().contiguous() if name.endswith(CONV1D) else value for name, value in tensors.items()
                    if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
         if "score.weight" in tensors:
             n_outputs = len(tensors["score.weight"])
         model = cls(GPTConfig(config["vocab_size"], config["n_positions"], config["n_layer"], config["n_head"], config["n_embd"],
-                              config.get("resid_pdrop", 0.0), config.get("eos_token_id")), n_outputs)
+                              config.get("resid_pdrop", 0.0), eos), n_outputs)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         if unexpected or set(missing) - {"score.weight"}:
             raise ValueError(f"{directory}: not the weights of this GPT-2; missing {missing[:3]}, unexpected {unexpected[:3]}")
@@ -554,63 +562,7 @@ def write_json(path: Path, value):
     replace_file(path, lambda draft: draft.write_text(json.dumps(value, indent=1)))
 
 
-def byte_letters() -> dict:
-    """GPT-2 writes each byte as one printable letter: itself where it has one, else one from U+0100 on. byte -> letter."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
-
-
-def save_tokenizer(tokenizer: tiktoken.Encoding, directory):
-    """Write tokenizer.json, from which transformers' AutoTokenizer makes the same ids. tiktoken merges any two neighbours whose
-    whole is a token, lowest id first: so every way to halve a token is listed as a merge, in the order of ids."""
-    letters, ranks = byte_letters(), tokenizer._mergeable_ranks
-    spell = lambda token: "".join(letters[byte] for byte in token)
-    merges = [[spell(token[:i]), spell(token[i:])] for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
-              if token[:i] in ranks and token[i:] in ranks]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    vocabulary = {**{spell(token): rank for token, rank in ranks.items()}, **tokenizer._special_tokens}
-    write_json(Path(directory) / "tokenizer.json", {
-        "version": "1.0", "added_tokens": [{"id": i, "content": text, **flags} for text, i in tokenizer._special_tokens.items()],
-        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}})
-    write_json(Path(directory) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
-               "clean_up_tokenization_spaces": False, **{f"{name}_token": EOS_TEXT for name in ("eos", "bos", "unk")}})
-
-
-def read_tokenizer(directory) -> tiktoken.Encoding:
-    """The tokenizer beside a model: tokenizer.json, or vocab.json, of GPT-2's kind; GPT-2's own where there is none."""
-    directory = Path(directory)
-    if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
-        return load_tokenizer("gpt2")
-    if (directory / "tokenizer.json").is_file():
-        saved = json.loads((directory / "tokenizer.json").read_text("utf-8"))
-        model, cut = saved["model"], saved.get("pre_tokenizer") or {}
-        if (model.get("type", "BPE") != "BPE" or cut.get("type") != "ByteLevel" or cut.get("add_prefix_space")
-                or not cut.get("use_regex", True) or saved.get("normalizer")):
-            raise ValueError(f"{directory}: its tokenizer.json is not of GPT-2's kind, a byte-level BPE")
-        vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
-        merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in model.get("merges", ())]
-        if merged != sorted(merged):                                             # tiktoken merges by id
-            raise ValueError(f"{directory}: the merges of its tokenizer.json are not in the order of the ids")
-    else:
-        vocabulary, special = json.loads((directory / "vocab.json").read_text("utf-8")), {}
-    if EOS_TEXT in vocabulary:
-        special[EOS_TEXT] = vocabulary[EOS_TEXT]
-    if EOS_TEXT not in special:
-        raise ValueError(f"{directory}: its tokenizer has no {EOS_TEXT}")
-    byte_of = {letter: byte for byte, letter in byte_letters().items()}
-    ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocabulary.items() if token not in special}
-    ids = sorted([*ranks.values(), *special.values()])
-    if ids != list(range(len(ids))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError(f"{directory}: its tokenizer's ids are not 0, 1, 2, ..., or a byte has none")
-    return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-
-# ======================================================================================================================
-# 5. Log-probabilities and sampling
-# ======================================================================================================================
+# === 5. Log-probabilities and sampling ================================================================================
 # Sequences are padded on the right. Attention is causal, so no real token ever sees a pad, and no attention mask is needed.
 # `mask` (B,T) marks the response: its tokens and its EOS, not the prompt, not the pads. It is made from lengths, never from
 # "id == pad": a model whose pad is its EOS would never learn to stop.
@@ -673,23 +625,10 @@ def sequence_logps(model, tokens, mask):
 # Which library multiplies matrices, for models above 2^19 parameters: speed only, to be skipped on a first reading.
 
 
-def mkl_idles() -> bool:
-    """Whether this is an AMD processor with AVX-512, units that MKL leaves idle there. False where there is no /proc/cpuinfo."""
-    cpu = Path("/proc/cpuinfo")
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu.exists() and "AuthenticAMD" in cpu.read_text()
-
-
-def onednn_rounds() -> bool:
-    """Whether this CPU's oneDNN, when allowed to, rounds the factors of a float32 product to bfloat16, as CPUs with AMX, a unit for
-    that, do. Found by multiplying numbers that bfloat16 cannot hold; to be called within `onednn_allowed`."""
-    x = torch.linspace(1, 2, 2 ** 16).view(256, 256)
-    return not torch.equal(x @ torch.eye(256), x)
-
-
 @contextlib.contextmanager
 def onednn_allowed():
     """Within, oneDNN and not MKL computes a CPU's float32 products. PyTorch does so only where their factors may be rounded to bfloat16,
-    so that is allowed here; `onednn_rounds` tests whether this CPU then rounds."""
+    so that is allowed here; `onednn_suits` tries whether this CPU then rounds."""
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     try:
@@ -701,12 +640,15 @@ def onednn_allowed():
 
 @functools.cache
 def onednn_suits() -> bool:
-    """Whether oneDNN should compute float32 products on this machine: it stays exact, which is tried, and is faster than MKL.
-    On AMD's processors with AVX-512 a product takes half of MKL's time, a DPO step two thirds; on an Intel Xeon a step takes 7% more."""
-    if not mkl_idles():
+    """Whether oneDNN should compute this machine's float32 products: on AMD's processors with AVX-512, units that MKL leaves idle there,
+    a product takes half of MKL's time, a DPO step two thirds (on an Intel Xeon a step takes 7% more); and only where it stays exact,
+    which is tried on numbers that bfloat16 cannot hold: CPUs with AMX, a unit for bfloat16, round to it."""
+    cpu = Path("/proc/cpuinfo")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not cpu.exists() or "AuthenticAMD" not in cpu.read_text():
         return False
+    x = torch.linspace(1, 2, 2 ** 16).view(256, 256)
     with onednn_allowed():
-        return not onednn_rounds()
+        return torch.equal(x @ torch.eye(256), x)
 
 
 def onednn_products(model):
@@ -853,9 +795,7 @@ def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
     return torch.searchsorted(cumulative, threshold).squeeze(-1)
 
 
-# ======================================================================================================================
-# 6. Training: one loop for every stage; supervised fine-tuning
-# ======================================================================================================================
+# === 6. Training: one loop for every stage; supervised fine-tuning ====================================================
 # An algorithm is a loss of (model, batch); everything else about training is here, once. On a first reading skip `Run`, which keeps
 # checkpoints, and go to `fit`.
 
@@ -880,7 +820,6 @@ class Run:
     out: Path | None = None
     settings: dict | None = None        # a checkpoint made under other settings is refused
     export: object = None               # export(tensors) writes the model that users load
-    tokenizer: tiktoken.Encoding | None = None
     lines: object = None                # line number of each data row, to say where a NaN came from
     save_every: int = 100               # steps
     resume: bool = False
@@ -927,7 +866,6 @@ class Run:
             replace_file(path, lambda draft: draft.write_text("".join(rows)))
             for leftover in self.out.glob(LEFTOVER):
                 leftover.unlink()
-            save_tokenizer(self.tokenizer, self.out)
             if saved:
                 self.export(saved["model"])                                      # a kill may have come between checkpoint and model
             else:
@@ -1130,9 +1068,7 @@ def train_sft(model, texts: list, training: Training, run: Run | None = None, **
                dropout=True, run=run, **options)
 
 
-# ======================================================================================================================
-# 7. Preferences
-# ======================================================================================================================
+# === 7. Preferences ===================================================================================================
 # People cannot score a text reliably, but they can say which of two is better. The Bradley-Terry model makes such choices from
 # rewards: a is preferred to b with probability s(r_a - r_b), s(z) = 1 / (1 + e^-z): even odds if equal, 73% at a difference of one.
 
@@ -1348,9 +1284,7 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
     return batches
 
 
-# ======================================================================================================================
-# 8. Direct Preference Optimization
-# ======================================================================================================================
+# === 8. Direct Preference Optimization ================================================================================
 # The derivation, from the objective of RLHF to a loss without a reward model. [Eq n] is of arXiv 2305.18290; each step names the test
 # that checks it.
 # Symbols: x prompt, y completion, y_w and y_l the chosen (winner) and the rejected (loser), pi the policy we train,
@@ -1465,9 +1399,7 @@ def train_preferences(model, reference, pairs: Pairs, training: Training, beta: 
     return fit(stage, model, lambda step: pair_batches(pairs, rows(step), training, device), preference_loss, training, **options)
 
 
-# ======================================================================================================================
-# 9. The family of losses
-# ======================================================================================================================
+# === 9. The family of losses ==========================================================================================
 # Each takes what it needs of these (B,) vectors of summed log-probs and returns (B,). pc, pr: the policy's, of the chosen and of the
 # rejected completion; rc, rr: the reference's. So d_w = pc - rc, d_l = pr - rr and h = d_w - d_l, as in section 8. In the comments
 # eps = label_smoothing and |y| is the number of tokens. Where beta is not DPO's, it is said. The three longest come first.
@@ -1577,9 +1509,7 @@ def by_name(name: str, formula):
 LOSSES = {name: by_name(name, formula) for name, formula in FORMULAS.items()}
 
 
-# ======================================================================================================================
-# 10. The baseline: RLHF with a reward model and PPO
-# ======================================================================================================================
+# === 10. The baseline: RLHF with a reward model and PPO ===============================================================
 # What DPO does without: first a reward model by maximum likelihood of the labels, then reinforcement learning of
 # objective (1) against it. The two losses side by side: DPO's is -log s of beta times a difference of log-ratios, the reward
 # model's is -log s of a difference of scores. It is the same regression; only the fitted function differs.
@@ -1790,9 +1720,7 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
     return fit(stage, models, batches, loss, training, memory=state, **options)
 
 
-# ======================================================================================================================
-# 11. Evaluation: what is the best that any method could do, and how near does each come?
-# ======================================================================================================================
+# === 11. Evaluation: what is the best that any method could do, and how near does each come? ==========================
 # (2) gives the best policy at every beta: pi* = pi_ref e^{r/beta} / Z. With K samples of the reference per prompt, all of it
 # can be estimated without training anything:
 #     E_{pi*}[r]          = sum_k softmax(r/beta)_k r_k
@@ -1923,9 +1851,7 @@ def evaluate(policy, reference, frontier: Frontier, prompts: list, tokenizer, sa
     return summarise(frontier, kl.reshape(-1, samples).mean(1), judge(tokenizer, prompts, completions))
 
 
-# ======================================================================================================================
-# 12. The demonstration, and the command line
-# ======================================================================================================================
+# === 12. The demonstration, and the command line ======================================================================
 
 VOCAB_SIZE, BLOCK_SIZE, MAX_NEW_TOKENS, BETA = 576, 96, 56, 2.0
 
@@ -2363,6 +2289,60 @@ LEARNING_RATES = {"sft": 3e-3, "dpo": 5e-4, "rm": 1e-3, "ppo": 5e-4}            
 OURS = {"checkpoint.pt", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
+def byte_letters() -> dict:
+    """GPT-2 writes each byte as one printable letter: itself where it has one, else one from U+0100 on. byte -> letter."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+
+
+def save_tokenizer(tokenizer: tiktoken.Encoding, directory):
+    """Write tokenizer.json, from which transformers' AutoTokenizer makes the same ids. tiktoken merges any two neighbours whose
+    whole is a token, lowest id first: so every way to halve a token is listed as a merge, in the order of ids."""
+    letters, ranks = byte_letters(), tokenizer._mergeable_ranks
+    spell = lambda token: "".join(letters[byte] for byte in token)
+    merges = [[spell(token[:i]), spell(token[i:])] for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
+              if token[:i] in ranks and token[i:] in ranks]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    vocabulary = {**{spell(token): rank for token, rank in ranks.items()}, **tokenizer._special_tokens}
+    write_json(Path(directory) / "tokenizer.json", {
+        "version": "1.0", "added_tokens": [{"id": i, "content": text, **flags} for text, i in tokenizer._special_tokens.items()],
+        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}})
+    write_json(Path(directory) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
+               "clean_up_tokenization_spaces": False, **{f"{name}_token": EOS_TEXT for name in ("eos", "bos", "unk")}})
+
+
+def read_tokenizer(directory) -> tiktoken.Encoding:
+    """The tokenizer beside a model: tokenizer.json, or vocab.json, of GPT-2's kind; GPT-2's own where there is none."""
+    directory = Path(directory)
+    if (directory / "tokenizer.json").is_file():
+        saved = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+        model, cut = saved["model"], saved.get("pre_tokenizer") or {}
+        if (model.get("type", "BPE") != "BPE" or cut.get("type") != "ByteLevel" or cut.get("add_prefix_space")
+                or not cut.get("use_regex", True) or saved.get("normalizer")):
+            raise ValueError(f"{directory}: its tokenizer.json is not of GPT-2's kind, a byte-level BPE")
+        vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
+        merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in model.get("merges", ())]
+        if merged != sorted(merged):                                             # tiktoken merges by id
+            raise ValueError(f"{directory}: the merges of its tokenizer.json are not in the order of the ids")
+    elif (directory / "vocab.json").is_file():
+        vocabulary, special = json.loads((directory / "vocab.json").read_text("utf-8")), {}
+    else:
+        return load_tokenizer("gpt2")
+    if EOS_TEXT in vocabulary:
+        special[EOS_TEXT] = vocabulary[EOS_TEXT]
+    if EOS_TEXT not in special:
+        raise ValueError(f"{directory}: its tokenizer has no {EOS_TEXT}")
+    byte_of = {letter: byte for byte, letter in byte_letters().items()}
+    ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocabulary.items() if token not in special}
+    ids = sorted([*ranks.values(), *special.values()])
+    if ids != list(range(len(ids))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError(f"{directory}: its tokenizer's ids are not 0, 1, 2, ..., or a byte has none")
+    return tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
 def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tuple[GPT, tiktoken.Encoding]:
     """A model and its tokenizer. like: the (model, tokenizer) whose ids it must understand. scores: it must be a reward model."""
     directory = find_model(name)
@@ -2428,9 +2408,10 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
 
     def export(tensors):
         own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        save_tokenizer(tokenizer, options.out)
         model.save_pretrained(options.out, own)
     return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
-        options.out, settings, export, tokenizer, lines, options.save_every, options.resume, options.fsdp, options.compile)
+        options.out, settings, export, lines, options.save_every, options.resume, options.fsdp, options.compile)
 
 
 def stage_sft(options, device) -> dict:

@@ -966,7 +966,7 @@ def test_attention_both_ways(monkeypatch):
 def test_onednn_products_stay_float32(monkeypatch):
     """Within the context the products of a large model are float32's; behind it, and behind an error, PyTorch's setting is as
     before. Small models, CPUs that would round, and CPUs that gain nothing, are left alone. Rejected: factors rounded to bfloat16."""
-    settings = torch.backends.mkldnn.matmul
+    settings, torch_equal = torch.backends.mkldnn.matmul, torch.equal
     before, small, large = settings.fp32_precision, torch.nn.Linear(2, 2), torch.nn.Linear(1024, 1024)
     x, y = normal(300, 200, seed=0), normal(200, 100, seed=1)
 
@@ -983,20 +983,19 @@ def test_onednn_products_stay_float32(monkeypatch):
         return inside != before
     rejects(check, lambda x, y: x.bfloat16().float() @ y.bfloat16().float())
     assert changed(large) == dpo.onednn_suits()
-    dpo.onednn_suits.cache_clear()
-    monkeypatch.setattr(dpo, "mkl_idles", lambda: True)                          # as on an AMD processor
-    exact = dpo.onednn_suits()
-    assert changed(large) == exact and not changed(small) and settings.fp32_precision == before
-    with pytest.raises(KeyError), dpo.onednn_products(large):
-        raise KeyError
-    assert settings.fp32_precision == before
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(Path, "exists", lambda self: True)
     try:
-        for idles, rounds in itertools.product((True, False), repeat=2):         # in one case of four oneDNN is used
-            monkeypatch.setattr(dpo, "mkl_idles", lambda: idles)
-            monkeypatch.setattr(dpo, "onednn_rounds", lambda: rounds)
+        for maker, rounds in itertools.product(("AuthenticAMD", "GenuineIntel"), (None, False, True)):        # None: as it is here
+            monkeypatch.setattr(Path, "read_text", lambda self: f"vendor_id : {maker}")
+            monkeypatch.setattr(torch, "equal", torch_equal if rounds is None else lambda *_: not rounds)
             dpo.onednn_suits.cache_clear()
-            with dpo.onednn_products(large):
-                assert (settings.fp32_precision != before) == (idles and not rounds) == dpo.onednn_suits()
+            suits = dpo.onednn_suits()
+            assert changed(large) == suits and not changed(small) and settings.fp32_precision == before
+            assert rounds is None or suits == (maker == "AuthenticAMD" and not rounds)
+            with pytest.raises(KeyError), dpo.onednn_products(large):
+                raise KeyError
+            assert settings.fp32_precision == before
     finally:
         dpo.onednn_suits.cache_clear()                                           # forget the faked answers
 
@@ -1039,16 +1038,22 @@ def test_gpt_equals_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("setting", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
-                                     {"layer_norm_epsilon": 1e-6}, {"activation_function": "gelu"}, {"model_type": "gpt_neo"}],
+                                     {"layer_norm_epsilon": 1e-6}, {"activation_function": "gelu"}, {"model_type": "gpt_neo"},
+                                     {"n_inner": 24}, {"eos_token_id": [3, 4]}],
                          ids=lambda setting: [*setting][0])
 def test_foreign_settings_of_gpt2_are_refused(tmp_path, setting):
     """Weights trained under another arithmetic would give other logits here: one line instead. The usual settings pass."""
     tiny_gpt().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for more, refused in (({"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}, False), (setting, True)):
+    usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
+    for more, refused in ((usual, False), ({**usual, "n_inner": 4 * config["n_embd"]}, False), (setting, True)):
         (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
         with pytest.raises(ValueError, match="GPT-2") if refused else contextlib.nullcontext():
             GPT.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no model.safetensors"):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        GPT.from_pretrained(tmp_path)
 
 
 def test_an_untied_head_is_refused(tmp_path):
