@@ -661,9 +661,10 @@ def onednn_products(model):
     return onednn_allowed() if on_cpu and size >= 2 ** 19 and onednn_suits() else contextlib.nullcontext()
 
 
-def progress_bar(shown: bool, *arguments, **options):
-    """tqdm's bar, gone when done. TQDM_DISABLE=1 in the environment hides them all; disable=False would overrule it, so it is not set."""
-    return tqdm(*arguments, mininterval=0.5, leave=False, **options, **({} if shown else {"disable": True}))
+def progress_bar(name: str | None, *arguments, **options):
+    """tqdm's bar, gone when done; without a name there is none. TQDM_DISABLE=1 in the environment hides them all; disable=False would
+    overrule it, so it is not set."""
+    return tqdm(*arguments, desc=name, mininterval=0.5, leave=False, **options, **({} if name else {"disable": True}))
 
 
 @torch.no_grad()
@@ -675,7 +676,7 @@ def in_batches(function, model, prompts: list, completions: list, batch_size: in
     order = sorted(range(len(prompts)) if rows is None else rows, key=lambda i: len(prompts[i]) + len(completions[i]))
     longest = max([1, *(len(completions[i]) for i in order)])
     batch_size = max(1, min(batch_size, 2 ** 28 // (longest * model.config.vocab_size)))        # logits of 1 GB at most
-    for start in progress_bar(progress is not None, range(0, len(order), batch_size), desc=progress, unit="batch"):
+    for start in progress_bar(progress, range(0, len(order), batch_size), unit="batch"):
         batch = order[start:start + batch_size]
         with mixed_precision(device), onednn_products(model):
             values[batch] = function(model, *pad([prompts[i] for i in batch], [completions[i] for i in batch], device)).float().cpu()
@@ -726,7 +727,7 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
     completions, longest = [None] * len(prompts), min(room, max(map(len, prompts), default=0)) + max_new_tokens
     a_row = 2 * longest * model.config.n_layer * model.config.n_embd             # numbers: its keys and values
     batch_size = max(1, min(batch_size, 2 ** 28 // a_row))                       # 1 GB of them at most
-    for start in progress_bar(progress is not None, range(0, len(order), batch_size), desc=progress, unit="batch"):
+    for start in progress_bar(progress, range(0, len(order), batch_size), unit="batch"):
         rows = order[start:start + batch_size]
         with mixed_precision(next(model.parameters()).device), onednn_products(model), uncompiled():
             batch = _generate_batch(model, [prompts[i][-room:] for i in rows], max_new_tokens, temperature, top_k, top_p, stop_at_eos)
@@ -930,7 +931,7 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
     first = run.start(saved, parameters, optimizer, schedule, memory)
     del saved                                                                    # as large as weights and moments together
     with onednn_products(model), stop_signals(run.out is not None) as told_to_stop, progress_bar(
-            not quiet and process()[0] == 0, range(first, training.steps), desc=stage, initial=first, total=training.steps) as bar:
+            None if quiet or process()[0] > 0 else stage, range(first, training.steps), initial=first, total=training.steps) as bar:
         for step in bar:
             micro_batches = batches(step)
             model.train(dropout)                                                 # batches() may have sampled from the model
@@ -1328,9 +1329,10 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #     The reference has no gradient: it enters through the weight alone. The weight is 1/2 at the start, near 1 on a badly
 #     misranked pair, near 0 once the margin r^_w - r^_l is well above 1: a pair once learnt stops pulling.
 #                                                                                           [test_loss_gradient_weight]
-#     Without that weight, -log pi(y_w) + alpha log pi(y_l) (unlikelihood) pushes log pi(y_l) down for ever, far past any
-#     margin the labels ask for; since all completions share one network, grammar goes with it: see "Unlikelihood" in the
-#     table that the program prints.                                                 [test_loss_unlikelihood_never_lets_go]
+#     Without that weight, -log pi(y_w) + alpha log pi(y_l) (unlikelihood) pushes log pi(y_l) down as hard at any margin. A
+#     completion that loses more than 1/alpha times as often as it wins goes down for ever, with alpha = 1 each that loses more
+#     often than not; since all share one network, grammar goes with them: see "Unlikelihood" in the table that the program
+#     prints.                                                                        [test_loss_unlikelihood_never_lets_go]
 # In the tests each of these lines is checked with every completion enumerated. On to the code: (5) is one line of it.
 
 
@@ -1339,7 +1341,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     """The DPO loss of a batch of pairs, and the rewards that the policy implies.
 
     All arguments (B,): log-probabilities in nats, *summed* over the tokens of a completion, EOS included, prompt excluded.
-    beta: the weight of the KL in the objective (1), in reward units per nat. Large beta stays near the reference.
+    beta: the weight of the KL in the objective (1), in reward units per nat. Large beta stays near the reference,
+    unless a completion wins each time: that pulls without end at any beta.
     label_smoothing: the chance that a label is flipped, in [0, 0.5) (conservative DPO; 0 is the paper's loss).
     Returns losses (B,), chosen_rewards (B,), rejected_rewards (B,): rewards are beta * log-ratio, detached, for logging. The
     reference is frozen: pass its log-probabilities without gradient.
@@ -1436,7 +1439,7 @@ FORMULAS = {
     "dpo": lambda pc, pr, rc, rr, beta: dpo_loss(pc, pr, rc, rr, beta)[0],
     # -(1-eps) log s(beta h) - eps log s(-beta h)         least where s(beta h) = 1-eps     [E. Mitchell, note on cDPO, 2023]
     "cdpo": lambda pc, pr, rc, rr, beta, label_smoothing=0.1: dpo_loss(pc, pr, rc, rr, beta, label_smoothing)[0],
-    # [-(1-eps) log s(beta h) + eps log s(-beta h)] / (1-2 eps)   unbiased if a share eps of the labels is flipped; no minimum [2403.00409]
+    # [-(1-eps) log s(beta h) + eps log s(-beta h)] / (1-2 eps)   unbiased if a share eps of the labels is flipped  [2403.00409]
     "robust": lambda pc, pr, rc, rr, beta, label_smoothing=0.1: (
         (1 - label_smoothing) * dpo_loss(pc, pr, rc, rr, beta)[0]
         - label_smoothing * dpo_loss(pr, pc, rr, rc, beta)[0]) / (1 - 2 * label_smoothing),
@@ -1454,7 +1457,7 @@ FORMULAS = {
     # -log s( beta/|y_w| log pi_w - beta/|y_l| log pi_l - gamma )   no reference; beta 2 to 10 is a scale  [2405.14734]
     "simpo": lambda pc, pr, beta, chosen_lengths, rejected_lengths, gamma=0.5: (
         -F.logsigmoid(beta * (pc / chosen_lengths - pr / rejected_lengths) - gamma)),
-    # -log pi(y_w) + alpha log pi(y_l)                        no weight, no bound: see (6); no beta [2305.18290 App C.3]
+    # -log pi(y_w) + alpha log pi(y_l)                        no weight that fades: see (6); no beta [2305.18290 App C.3]
     "unlikelihood": lambda pc, pr, alpha=0.1: -pc + alpha * pr,
     # -log pi(y_w)                                            Preferred-FT: imitate the chosen; no beta [2305.18290 s. 6]
     "sft": lambda pc: -pc}
@@ -1772,8 +1775,8 @@ def build_frontier(rewards) -> Frontier:
 
 
 def frontier_error(frontier: Frontier, kl: float) -> float:
-    """Relative error of the limit's gain at this KL, from its own samples: the two halves of each prompt's K samples give two
-    curves whose bias is about twice the whole's, so |whole - mean of halves| estimates the bias that is left."""
+    """Relative bias of the limit's gain at this KL, from its own samples: the two halves of each prompt's K samples give two curves
+    whose bias is about twice the whole's, so |whole - mean of halves| estimates the bias that is left; their noise cancels."""
     half = frontier.rewards.shape[1] // 2
     halves = [build_frontier(part) for part in (frontier.rewards[:, :half], frontier.rewards[:, half:])]
     base, full = frontier.rewards.mean(), frontier.at_kl(kl)
@@ -2128,7 +2131,7 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
     plot_training(world.histories, out / "training.png", note)
     print(f"""
 Theory puts DPO and RLHF at KL {kl:.2f}, reward {reward:.2f} for beta {BETA:g}.
-The limit itself is good to {checks["frontier_error_at_3_nats"]:.1%} at 3 nats.
+The limit, from samples, comes out {checks["frontier_error_at_3_nats"]:.1%} too low at 3 nats.
 Reward model: {checks["reward_model_accuracy"]:.1%} of held-out pairs right; the true reward gets {checks["bayes_accuracy"]:.1%}.
 DPO's first loss - log 2: {checks["dpo_first_loss_minus_log_2"]:.0e}.
 PPO's first |ratio - 1|: {checks["ppo_first_ratio_minus_1"]:.0e}.
@@ -2161,7 +2164,7 @@ def sweep(seeds, out: Path, scale: Scale, note=""):
     plot_sweep(results, out / "sweep.png", note)
     print_table(results["means"])
     print("Accuracy of reward model / Bayes-optimal, by seed:", *(f"{model:.3f} / {bayes:.3f}" for model, bayes in accuracies),
-          "\nRelative error of the limit, by KL:", *(f"{kl} nats {np.mean(error):.2%}" for kl, error in errors.items()),
+          "\nRelative bias of the limit, by KL:", *(f"{kl} nats {np.mean(error):.2%}" for kl, error in errors.items()),
           f"\nFigure and numbers: {out}/sweep.png, sweep.json. {results['seconds']:.0f} s. {note}")
 
 

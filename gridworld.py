@@ -306,6 +306,7 @@ def population_dpo(lake, reference, beta, loss="dpo", flip=0.0, **hyper):
         raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
     if loss in ("orpo", "simpo"):
         raise ValueError(f"{loss} divides by the length and has no reference: no exact minimiser is known; train it on pairs")
+    LOSSES[loss](*torch.zeros(4, 1), beta=beta, **hyper)                                    # a setting that it does not have: TypeError
     if lake.deterministic:
         policy = minimise_over_returns(lake, reference, pair_objective(lake, reference, beta, loss, flip, **hyper))
     elif loss == "sft":
@@ -726,7 +727,10 @@ def apo(lake, reference, beta, rng, rounds=3, momentum=0.5):
     u = u_before = 0.0                                                              # p_before is pi_ref exp(u_before R)/Z
     for _ in range(rounds):
         p, u_now = population_dpo(lake, q, rounds * beta), u + 1 / (rounds * beta)
-        q = tilt(lake, p * (p / p_before) ** momentum, [0.0, 0.0])
+        with np.errstate(divide="ignore"):
+            q = tilt(lake, p * (p / p_before) ** momentum, [0.0, 0.0])
+        if not (q > 0).all():
+            raise OverflowError("a probability is too small for float64")
         u = u_now + momentum * (u_now - u_before)
         p_before, u_before = p, u_now
     return q, tilt(lake, reference, [0.0, u]) if lake.deterministic else None
@@ -734,7 +738,8 @@ def apo(lake, reference, beta, rng, rounds=3, momentum=0.5):
 
 def kto_loss(logps, ref, lengths, beta):
     """1 - s(beta (d - z0)) for the wanted, plus 1 - s(beta (z0 - d)) for the unwanted (2402.01306). z0 = max(0, mean d over
-    mismatched prompts and completions), without gradient. As there is one start, it is here the mean over all samples."""
+    mismatched prompts and completions), without gradient. As there is one start, it is here the mean over all samples; they are the
+    reference's, so that mean estimates -KL(pi_ref || pi) and z0 stays 0: on the lake KTO's point of reference has no effect."""
     d = logps - ref
     z0 = d.mean().clamp(min=0).detach()
     return (1 - torch.sigmoid(beta * (d[:, 0] - z0))).mean() + (1 - torch.sigmoid(beta * (z0 - d[:, 1]))).mean()

@@ -2355,7 +2355,7 @@ def test_gridworld_bad_lakes(arguments, message):
 
 
 def test_gridworld_bad_arguments():
-    """A wrong shape, a zero, a row that does not sum to one, beta <= 0, losses without a minimiser: each says so."""
+    """A wrong shape, a zero, a row that does not sum to one, beta <= 0, losses without a minimiser, a setting that a loss lacks: each says so."""
     lake = gw.FrozenLake(SMALL)
     good = gw.uniform_policy(lake)
     zero, unnormalised, nan = good.copy(), good.copy(), good.copy()
@@ -2379,6 +2379,9 @@ def test_gridworld_bad_arguments():
         with pytest.raises(ValueError, match="slippery"):
             gw.population_dpo(gw.FrozenLake(SMALL, 0.2), good, beta, loss)
     assert np.isfinite(gw.population_dpo(lake, good, 1e-3)).all()
+    for slip, loss in itertools.product((0, 0.2), ("dpo", "sft")):
+        with pytest.raises(TypeError, match="eta"):
+            gw.population_dpo(gw.FrozenLake(SMALL, slip), good, 0.1, loss, eta=0.1)
 
 
 @pytest.mark.parametrize("flags", [["--map", "5x5"], ["--slip", "2"], ["--beta", "0"], ["--horizon", "0"], ["--map", "SF/G"],
@@ -2531,6 +2534,24 @@ def test_gridworld_method_without_a_value_is_left_out(monkeypatch, capsys):
         assert rows[0]["method"] == "DPO"
         return len(rows), "is left out" in capsys.readouterr().err
     assert left_out(50) == (1, True) and left_out(0.1) == (2, False)
+
+
+def test_gridworld_accelerated_policy_below_float64(monkeypatch):
+    """Where APO's extrapolation needs a probability below float64 it is an OverflowError, which leaves it out of the table, without
+    numpy's warnings: a round that gives an action 1e-250 is extrapolated to about 1e-375. One that gives 1e-100 has its value."""
+    lake = gw.FrozenLake("SFF/FHF/FFG", 0.2)
+    reference = gw.walker_policy(lake)
+
+    def found(least):
+        policy = reference.copy()
+        policy[..., 0] = least
+        monkeypatch.setattr(gw, "population_dpo", lambda *_: policy / policy.sum(-1, keepdims=True))
+        return gw.apo(lake, reference, 0.1, None, rounds=1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(OverflowError, match="too small for float64"):
+            found(1e-250)
+        assert found(1e-100).min() > 0
 
 
 @pytest.mark.parametrize("loss", ["dpo", "exo", "chipo"])
