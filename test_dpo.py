@@ -871,7 +871,7 @@ def test_keep_equals_full_forward(monkeypatch, idle):
     """forward(tokens, keep) is forward(tokens)[keep], row by row, for any set of positions, in value and gradient; also with the idle rows
     that oneDNN asks for. It is no view of a larger tensor, of which FSDP2 warns."""
     if idle:
-        monkeypatch.setattr(dpo, "fill", lambda rows: F.pad(rows, (0, -len(rows) % 64)))
+        monkeypatch.setattr(dpo, "pad_rows", lambda rows: F.pad(rows, (0, -len(rows) % 64)))
     model, tokens = tiny_gpt(), torch.randint(11, (4, 9))
     keep = torch.rand(4, 9) < 0.4
     keep[2] = False                                                              # a row of which nothing is wanted
