@@ -699,12 +699,6 @@ def mixed_precision(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda")
 
 
-def uncompiled():
-    """A context in which a compiled model runs uncompiled: in `generate` it would be compiled anew for each length, and PyTorch 2.13's
-    compiler gives wrong logits where the cache is written. Without torch._dynamo, which takes a second to load, nothing is compiled."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-
-
 def completion_logps(model, prompts: list, completions: list, **options) -> torch.Tensor:
     """log pi(completion | prompt) of lists of ids, without gradient -> (n,). options: of `in_batches`."""
     return in_batches(sequence_logps, model, prompts, completions, **options)
@@ -738,7 +732,7 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
     batch_size = max(1, min(batch_size, 2 ** 28 // a_row))                       # 1 GB of them at most
     for start in progress_bar(progress, range(0, len(order), batch_size), unit="batch"):
         rows = order[start:start + batch_size]
-        with mixed_precision(next(model.parameters()).device), onednn_products(model), uncompiled():
+        with mixed_precision(next(model.parameters()).device), onednn_products(model):
             batch = _generate_batch(model, [prompts[i][-room:] for i in rows], max_new_tokens, temperature, top_k, top_p, stop_at_eos)
         for i, completion in zip(rows, batch):
             completions[i] = completion
@@ -834,7 +828,6 @@ class Run:
     save_every: int = 100               # steps
     resume: bool = False
     fsdp: bool = False                  # shard model and optimiser over the processes (FSDP2) instead of copying them (DDP)
-    compile: bool = False
     saved_steps: int = 0                # in the checkpoint
 
     def load(self):
@@ -1009,11 +1002,9 @@ class LossOf(nn.Module):
 
 def distribute(model, loss, run: Run):
     """loss(model, .) as a module that maps a batch to its loss. By DDP each process has a copy of the model, by FSDP2 a part of it."""
-    gpts = [module for module in model.modules() if isinstance(module, GPT)]
-    for gpt in gpts if run.compile else ():
-        gpt.compile(dynamic=True)
     if process()[1] > 1 and run.fsdp:
         from torch.distributed.fsdp import fully_shard                           # here, because it takes a second to load
+        gpts = [module for module in model.modules() if isinstance(module, GPT)]
         for part in [part for gpt in gpts for part in (*gpt.h, gpt)]:            # layer by layer, then what is left
             fully_shard(part, reshard_after_forward=True)
     losses = LossOf(model, loss)
@@ -2418,7 +2409,7 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
     steps = options.steps or math.ceil(options.epochs * len(lines) / options.batch_size)
     rate = options.learning_rate or LEARNING_RATES[options.stage] * min(1, (128 / model.config.n_embd) ** 2)
     # these may change before a run is resumed, but not what the files hold
-    free = ("out", "resume", "overwrite", "save_every", "fsdp", "compile", "micro_batch", "data", "init", "reference", "reward")
+    free = ("out", "resume", "overwrite", "save_every", "fsdp", "micro_batch", "data", "init", "reference", "reward")
     settings = {name: str(value) for name, value in vars(options).items() if name not in free}
     checksum = lambda path: zlib.crc32(np.memmap(path, np.uint8, "r"))           # CRC-32: has the file changed since the checkpoint?
     settings["checksum of the data"] = checksum(options.data)
@@ -2432,7 +2423,7 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
         save_tokenizer(tokenizer, options.out)
         model.save_pretrained(options.out, own)
     return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
-        options.out, settings, export, lines, options.save_every, options.resume, options.fsdp, options.compile)
+        options.out, settings, export, lines, options.save_every, options.resume, options.fsdp)
 
 
 def stage_sft(options, device) -> dict:
@@ -2594,7 +2585,7 @@ def stage_sample(options, device) -> dict:
     return {}
 
 
-TRAIN = " out resume overwrite save-every epochs steps batch-size micro-batch learning-rate fsdp compile"
+TRAIN = " out resume overwrite save-every epochs steps batch-size micro-batch learning-rate fsdp"
 # name: (function, one line, its options); all take --seed. "init?", "init+" and "batch-size?" are --init and --batch-size with other
 # rules or defaults, see OPTIONS
 STAGES = {
@@ -2633,7 +2624,6 @@ OPTIONS = {
     "micro-batch": (int, "rows of one forward pass; less memory, same gradient"),
     "learning-rate": (float, "its peak; by default after the stage and the model's width"),
     "fsdp": (False, "under torchrun: shard the model (FSDP2) instead of copying it (DDP)"),
-    "compile": (False, "torch.compile the model for training; sampling stays uncompiled"),
     "ppo-epochs": (4, "passes over a rollout of --batch-size completions"),
     "minibatch": (int, "completions of one optimiser step; else the whole rollout"),
     "max-new-tokens": (48, "longest completion"), "n": (1, "completions of each prompt"),

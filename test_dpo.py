@@ -1173,29 +1173,6 @@ def test_eos_receives_gradient():
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_sampling_is_never_compiled():
-    """A compiled model samples as it would uncompiled: nothing of `generate` reaches the compiler, which in PyTorch 2.13 gives wrong logits
-    with a cache of two layers. Rejected: a forward pass, which does reach it. In a process of its own, for on Python 3.13 the compiler
-    starts threads, and a process that has them cannot fork another that trains."""
-    def job():
-        model, prompts, compiled = tiny_gpt(seed=11), ragged(20)[0], []
-        expected = generate(model, prompts, 6, temperature=0)
-        model.compile(dynamic=True, backend=lambda graph, inputs: compiled.append(1) or graph.forward)
-
-        def check(sample):
-            compiled.clear()
-            sample()
-            assert not compiled
-        check(lambda: generate(model, prompts, 6, temperature=0))
-        assert generate(model, prompts, 6, temperature=0) == expected
-        rejects(check, lambda: model(torch.tensor([[1, 2, 3]])))
-        return 0
-    child = forked(job)
-    child.join()
-    assert child.exitcode == 0
-
-
 def test_greedy_batch_equals_one_at_a_time():
     """Prompts of different lengths, together and through the cache, complete as each alone by full forward passes and argmax.
     Among them are completions that end early and some that do not. Rejected: the same with a prompt's first token lost."""
@@ -3605,10 +3582,10 @@ def test_dpo_stage_passes_its_options_on(world, tmp_path, monkeypatch):
     (model, reference, pairs, training, beta, loss, hyper), more = caught(
         monkeypatch, "train_preferences", *command(
             world, "dpo", "--out", tmp_path / "out", "--beta", 0.3, "--loss", "rpo", "--hyper", "eta=2", "--micro-batch", 4, "--fsdp",
-            "--compile", "--save-every", 5, "--seed", 9))
+            "--save-every", 5, "--seed", 9))
     assert (beta, loss, hyper, training.steps, training.batch_size, training.micro_batch, training.learning_rate, training.seed) == (
         0.3, dpo.LOSSES["rpo"], {"eta": 2}, 12, 8, 4, 1e-2, 9)
-    assert more["run"].fsdp and more["run"].compile and more["run"].save_every == 5
+    assert more["run"].fsdp and more["run"].save_every == 5
     everything = dpo.load_preferences(world / "pairs.jsonl")
 
     def check(lines):
