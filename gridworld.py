@@ -726,11 +726,11 @@ def apo(lake, reference, beta, rng, rounds=3, momentum=0.5):
     q = p_before = reference                                                        # q is pi_ref exp(u R)/Z, and
     u = u_before = 0.0                                                              # p_before is pi_ref exp(u_before R)/Z
     for _ in range(rounds):
+        if not (q > 0).all():
+            raise OverflowError("a probability of the reference-to-be is too small for float64")
         p, u_now = population_dpo(lake, q, rounds * beta), u + 1 / (rounds * beta)
         with np.errstate(divide="ignore"):
             q = tilt(lake, p * (p / p_before) ** momentum, [0.0, 0.0])
-        if not (q > 0).all():
-            raise OverflowError("a probability is too small for float64")
         u = u_now + momentum * (u_now - u_before)
         p_before, u_before = p, u_now
     return q, tilt(lake, reference, [0.0, u]) if lake.deterministic else None

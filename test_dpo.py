@@ -1045,7 +1045,7 @@ def test_foreign_settings_of_gpt2_are_refused(tmp_path, setting):
     """Weights trained under another arithmetic would give other logits here: one line instead. The usual settings pass."""
     tiny_gpt().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
+    usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None, "eos_token_id": [10]}
     for more, refused in ((usual, False), ({**usual, "n_inner": 4 * config["n_embd"]}, False), (setting, True)):
         (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
         with pytest.raises(ValueError, match="GPT-2") if refused else contextlib.nullcontext():
@@ -1209,18 +1209,19 @@ def test_equal_beginnings_are_read_once(monkeypatch):
     rejects(check, [alone[i] for i in (4, 1, 5, 3, 0, 2)])
 
 
-def test_cached_keys_and_values_are_bounded(monkeypatch):
-    """A batch holds as many rows as 2^28 cached numbers allow: with 4 layers of width 1024 and 64 tokens, 512. Rejected: the rows
-    that were asked for."""
+def test_batches_of_samples(monkeypatch):
+    """A batch holds as many rows as 2^28 cached numbers allow: with 4 layers of width 1024 and 64 tokens, 512. A longer prompt among
+    shorter ones leaves theirs as they are: 128 tokens more make a batch of their own. Rejected: the rows that were asked for; rows as
+    if all were as long."""
     model, batches = tiny_gpt(), []
-    model.config = dataclasses.replace(model.config, n_layer=4, n_embd=1024, block_size=64)
+    model.config = dataclasses.replace(model.config, n_layer=4, n_embd=1024, block_size=1024)
     monkeypatch.setattr(dpo, "_generate_batch", lambda model, prompts, *more: batches.append(len(prompts)) or prompts)
-    generate(model, [[0] * 24] * 1200, 40)
+    generate(model, [*[[0] * 24] * 1200, [0] * 152], 40)
 
     def check(rows):
-        assert batches == [rows, rows, 1200 - 2 * rows]
+        assert batches == [rows, rows, 1200 - 2 * rows, 1]
     check(512)
-    rejects(check, 1024)
+    rejects(check, 1024, 2 ** 28 // (192 * 2 * 4 * 1024))
 
 
 def test_samples_follow_the_model():
@@ -2332,7 +2333,8 @@ def test_gridworld_bad_lakes(arguments, message):
 
 
 def test_gridworld_bad_arguments():
-    """A wrong shape, a zero, a row that does not sum to one, beta <= 0, losses without a minimiser, a setting that a loss lacks: each says so."""
+    """A wrong shape, a zero, a row that does not sum to one, beta <= 0, losses without a minimiser, a setting that a loss lacks: each
+    says so."""
     lake = gw.FrozenLake(SMALL)
     good = gw.uniform_policy(lake)
     zero, unnormalised, nan = good.copy(), good.copy(), good.copy()
@@ -2523,7 +2525,7 @@ def test_gridworld_accelerated_policy_below_float64(monkeypatch):
         policy = reference.copy()
         policy[..., 0] = least
         monkeypatch.setattr(gw, "population_dpo", lambda *_: policy / policy.sum(-1, keepdims=True))
-        return gw.apo(lake, reference, 0.1, None, rounds=1)[0]
+        return gw.apo(lake, reference, 0.1, None, rounds=2)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(OverflowError, match="too small for float64"):
@@ -3318,7 +3320,9 @@ def test_faults_of_files_and_arguments(world, tmp_path, capfd):
         said = capfd.readouterr().err
         assert complaint in said and said.count("\n") == 1, said
         assert not out.exists() and [path.name for path in foreign.iterdir()] == ["thesis.tex"] and weights(theirs) == before
+    shutil.copy(broken / "model.safetensors", foreign / "model-00001-of-00002.safetensors")          # a shard of what is overwritten
     assert run("dpo", "--data", data, "--init", world / "sft", "--out", foreign, "--overwrite") == 0 and (foreign / "thesis.tex").exists()
+    GPT.from_pretrained(foreign)
     GPT.from_pretrained(world / "sft", n_outputs=2).save_pretrained(tmp_path / "two")
     dpo.save_tokenizer(dpo.read_tokenizer(world / "sft"), tmp_path / "two")
     capfd.readouterr()
