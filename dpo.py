@@ -729,20 +729,28 @@ def generate(model, prompts: list, max_new_tokens: int, temperature: float = 1.0
         raise ValueError("an empty prompt: the first token needs something to follow, for GPT-2's own weights the EOS id")
     if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))           # rows of one batch have similar prompts
-    completions, batches, a_token = [None] * len(prompts), [], 2 * model.config.n_layer * model.config.n_embd
-    for i in order:     # in a batch: keys and values of 1 GB at most, and prompts within 64 tokens, as what is beyond the shortest is slow
-        length, rows = min(room, len(prompts[i])), batches[-1] if batches else []
-        if not rows or len(rows) == batch_size or length - len(prompts[rows[0]]) > 64 or (
-                (len(rows) + 1) * (length + max_new_tokens) * a_token > 2 ** 28):
-            batches.append([])
-        batches[-1].append(i)
+    lengths, completions = [min(room, len(prompt)) for prompt in prompts], [None] * len(prompts)
+    a_token = 2 * model.config.n_layer * model.config.n_embd                     # numbers in its keys and values
+    batches = similar_lengths(lengths, batch_size, cells=2 ** 28 // a_token, more=max_new_tokens)      # 1 GB of keys and values
     for rows in progress_bar(progress, batches, unit="batch"):
         with mixed_precision(next(model.parameters()).device), onednn_products(model):
             batch = _generate_batch(model, [prompts[i][-room:] for i in rows], max_new_tokens, temperature, top_k, top_p, stop_at_eos)
         for i, completion in zip(rows, batch):
             completions[i] = completion
     return completions
+
+
+def similar_lengths(lengths: list, batch_size: int, cells: int, more: int) -> list:
+    """Row numbers in batches, short rows first: at most batch_size rows, and `cells` tokens if each row gets `more` and is padded to the
+    longest; lengths within 64 of one another, since what a prompt has beyond the shortest is read token by token."""
+    batches = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        batch = batches[-1] if batches else []
+        if (not batch or len(batch) == batch_size or (len(batch) + 1) * (lengths[row] + more) > cells
+                or lengths[row] - lengths[batch[0]] > 64):
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_at_eos):
@@ -1751,7 +1759,7 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
 # estimated without training anything, by weighting K samples of the reference per prompt (importance sampling):
 #     E_{pi*}[r]          = sum_k softmax(r/beta)_k r_k
 #     KL(pi* || pi_ref)   = E_{pi*}[r]/beta - log mean_k e^{r_k/beta}                               [test_analytic_limit]
-# Each beta gives one point; together they trace the analytic limit: at a KL of theirs, no policy has more reward (beta is the
+# Each beta gives one point; together they trace the analytic limit: at a point's KL, no policy has more reward (beta is the
 # Lagrange multiplier of the constraint on the KL, one for all prompts). From K samples it comes out low, by a fraction that falls as 1/K.
 
 
