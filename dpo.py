@@ -100,7 +100,7 @@ SHARED_CLOSINGS = {"highly recommended": 3.0, "i loved it": 2.0, "what a treat":
 DOMAIN_CLOSINGS = {"film": {"worth every minute": 3.0, "go and see it twice": 2.0, "we left early": -2.0, "a waste of time": -3.0},
                    "meal": {"worth every bite": 3.0, "we will come back soon": 2.0, "we went home hungry": -2.0,
                             "a waste of good food": -3.0}}
-# mood: -1 bad, 0 mixed, 1 good. It makes an opinion e^(1.25 mood value) times as frequent; this number and all odds are free choices
+# mood: -1 bad, 0 mixed, 1 good. It makes an opinion e^(1.25 * mood * value) times as frequent; this number and all odds are free choices
 OPINIONS = {domain: {word: value for bank in (SHARED_OPINIONS, own) for value, words in bank.items() for word in words.split()}
             for domain, own in DOMAIN_OPINIONS.items()}                          # domain -> word -> value
 CLOSINGS = {domain: {**SHARED_CLOSINGS, **own} for domain, own in DOMAIN_CLOSINGS.items()}
@@ -284,8 +284,9 @@ class GPTConfig:
 
 
 def attention(q, k, v, dropout: float = 0.0):
-    """Causal attention, softmax(q k^T / sqrt(hs)) v. q, k, v (B,nh,T,hs) -> (B,nh,T,hs); nh heads of size hs. When `generate`
-    has read the prompt, only the newest token is a query, q (B,nh,1,hs); it sees the keys and values of all S so far, (B,nh,S,hs)."""
+    """Causal attention, softmax(q k^T / sqrt(hs)) v. q, k, v (B,nh,T,hs) -> (B,nh,T,hs): B rows, nh heads of size hs, T tokens.
+    When `generate` has read the prompt, only the newest token is a query, q (B,nh,1,hs); it sees the keys and values of all S so
+    far, (B,nh,S,hs)."""
     B, n_head, T, size = q.shape
     # three ways to compute the same; the formula itself is the last
     avx2 = q.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -1095,6 +1096,8 @@ def train_sft(model, texts: list, training: Training, run: Run | None = None, **
 
 
 # === 7. Preferences ===================================================================================================
+# On a first reading skip the files, from `chat_template` to `Pairs`.
+#
 # People cannot score a text reliably, but they can say which of two is better. The Bradley-Terry model makes such choices from
 # rewards: a is preferred to b with probability s(r_a - r_b), s(z) = 1 / (1 + e^-z): even odds if equal, 73% at a difference of one.
 
@@ -1121,7 +1124,7 @@ def bradley_terry_label(rewards_a, rewards_b, rng: np.random.Generator) -> np.nd
 def sample_preferences(model, tokenizer, prompts: list[str], reward, max_new_tokens: int, per_prompt: int = 4, seed: int = 0):
     """Preference pairs: `per_prompt` completions of each prompt from `model` (the SFT policy), 4 in the paper, and a Bradley-Terry label
     for each pair of them. (In the paper's experiment on film reviews the greater reward(prompt, completion) always wins.)
-    Returns the list of Preference, and the accuracy of the true reward on them, mean s(|r_w - r_l|): none is better (Bayes-optimal)."""
+    Returns the list of Preference, and the Bayes-optimal accuracy, mean s(|r_w - r_l|), which the true reward has on average."""
     first, second = np.triu_indices(per_prompt, 1)                               # every pair, first < second
     ids = [encode(tokenizer, prompt) for prompt in prompts for _ in range(per_prompt)]
     texts = [decode(tokenizer, c) for c in generate(model, ids, max_new_tokens, progress="preferences")]
@@ -1297,8 +1300,9 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
 
 
 def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
-    """The pairs `rows` as micro-batches. Pairs of one prompt come together, and a completion that is in several of them
-    passes the model once: with 4 completions a prompt, 6 pairs cost 4 forward passes instead of 12."""
+    """The pairs `rows` (n,) as micro-batches. A completion that is in several pairs passes the model once: with 4 completions a
+    prompt, 6 pairs cost 4 forward passes instead of 12. tokens, mask (B,T); completions (B,): their rows in `pairs`; chosen,
+    rejected (n,): each pair's places among the B."""
     batches = []
     for part in micro_batches_of(rows, training):
         distinct, position = np.unique(np.concatenate([pairs.chosen[part], pairs.rejected[part]]), return_inverse=True)
@@ -1340,8 +1344,8 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   h = d_w - d_l:
 #         L_DPO = -E[ log s( beta h ) ]                                        [test_loss_is_the_bradley_terry_likelihood]
 #     Why may pi stand for pi*? Put r = beta log(pi/pi_ref) into (2): Z is 1 and pi* is pi. So every policy is the optimum for
-#     a reward of its own, and fitting pi fits a reward [Theorem 1]. With infinitely many labels of every pair the minimum has
-#     h = (r_w - r_l)/beta, and that is the pi* of (2), if the network can express it. If no chain of pairs links two
+#     a reward of its own, and fitting pi fits a reward [Theorem 1]. With infinitely many labels of every pair the loss is
+#     least where s(beta h) = s(r_w - r_l), and that is the pi* of (2), if the network can express it. If no chain of pairs links two
 #     completions, the loss leaves the ratio of their probabilities free.
 #     At the start pi = pi_ref, so h = 0 and the loss is log 2 = 0.6931 whatever the data.   [test_loss_starts_at_log_2]
 #
@@ -1356,7 +1360,7 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 #     misranked pair, near 0 once the margin r^_w - r^_l is well above 1: a pair once learnt stops pulling.
 #                                                                                           [test_loss_gradient_weight]
 #     Unlikelihood, -log pi(y_w) + alpha log pi(y_l), has no such weight: a completion that loses more than 1/alpha times as
-#     often as it wins is pushed down for ever. All share one network, so grammar is lost, too: see "Unlikelihood", with
+#     often as it wins is pushed down for ever. Completions share one network, so grammar is lost, too: see "Unlikelihood", with
 #     alpha = 1, in the table that the program prints.                               [test_loss_unlikelihood_never_lets_go]
 # On to the code: (5) is one line of it.
 
@@ -1576,7 +1580,8 @@ def score_completions(reward_model, prompts: list, completions: list, **options)
 
 # PPO. The policy's move is the next token, its state the text so far. The return from a token on is the sum of the rewards from there
 # on; a critic V is fitted to predict it, and a token's advantage A is how much better things went than V predicted. Why that helps:
-# the gradient of E_pi[return] is E_pi[ sum_t A_t grad log pi(y_t) ], so a token that went better than predicted becomes likelier.
+# grad pi = pi grad log pi, so the gradient of E_pi[return] is E_pi[ sum_t return_t grad log pi(y_t) ]; and E_pi[grad log pi(y_t)] = 0,
+# so V may be taken off: less noise, the same mean. A token that went better than predicted becomes likelier.
 # A rollout is a batch of completions, sampled by pi_old, the policy as it was then. At pi = pi_old the gradient of (pi/pi_old) A is that
 # of the line above, and clipping the ratio pi/pi_old near 1 lets one rollout serve several steps. The numbers return in the code below:
 #   1. sample completions from the policy at temperature 1: no top-k, or stored and new log-probs would speak of different policies;

@@ -13,10 +13,10 @@ that was learnt from samples.
 Contents: 1 the lake · 2 policies and their exact worth · 3 the soft optimum · 4 trajectories · 5 DPO on infinite data ·
 6 DPO on n pairs · 7 slippery ice · 8 the methods · 9 the IFT experiment · 10 failures · 11 figures · 12 the command line.
 
-Symbols: S cells, A = 4 actions (left, down, right, up), H the horizon, t the step. A policy is an array (H,S,A): it knows the
-step, because the best action depends on how many steps are left. R is the return of a trajectory tau = (s_0, a_0, s_1, ...),
-d(tau) = log pi(tau)/pi_ref(tau) its log-ratio (the dynamics cancel, so it is a sum over steps), h = d_w - d_l a pair's margin,
-s the logistic sigmoid.
+Symbols: S cells, A = 4 actions (left, down, right, up), H the horizon, the most steps of an episode, t the step. A policy is an
+array (H,S,A): it knows the step, because the best action depends on how many steps are left. R is the return of a trajectory
+tau = (s_0, a_0, s_1, ...), d(tau) = log pi(tau)/pi_ref(tau) its log-ratio (the dynamics cancel, so it is a sum over steps),
+h = d_w - d_l a pair's margin, s(z) the logistic sigmoid.
 """
 import argparse
 import math
@@ -168,7 +168,7 @@ def expected_return(lake, policy):
 
 
 def kl_divergence(lake, policy, other):
-    """KL(policy || other) of the laws of trajectories: the KL of the actions, summed over the steps until the episode ends."""
+    """KL(policy || other) of the distributions of trajectories: the KL of the actions, summed over the steps until the episode ends."""
     ratio = np.log(np.maximum(policy, 1e-300)) - np.log(np.maximum(other, 1e-300))
     return float((visits(lake, policy)[:, :, None] * policy * ratio).sum())
 
@@ -183,7 +183,7 @@ def cells_visited(lake, policy, share=0.01):
 
 
 def total_variation(lake, policy, other, reference):
-    """Half the L1 distance of the actions' laws, at the worst (t,s) that the reference reaches: data says nothing about the others."""
+    """Half the L1 distance of the action distributions, at the worst (t,s) that the reference reaches: data says nothing of the others."""
     return float(0.5 * np.abs(policy - other).sum(-1)[visits(lake, reference) > 0].max())
 
 
@@ -197,7 +197,7 @@ def score(lake, policy, reference, beta, optimum):
 
 
 # === 3. The soft optimum ==============================================================================================
-# What every method is compared with. From the last step backwards, with V_H = 0:
+# What every method is compared with. Q is what an action is worth, V what a cell is, from step t on; backwards, from V_H = 0:
 #     Q_t(s,a) = E[r(s') + V_{t+1}(s')],   V_t(s) = beta log sum_a pi_ref exp(Q_t/beta),   pi*_t = pi_ref exp((Q_t - V_t)/beta)
 # On deterministic ice this gives pi*(tau) = pi_ref(tau) exp(R/beta)/Z and V_0(start) = beta log Z: DPO's Eq 4.
 #                                                                                          [test_gridworld_trajectory_law]
@@ -274,9 +274,9 @@ def ranked_samples(lake, reference, n, rng, K=2, draw=sample_trajectories):
 # Both trajectories of a pair are drawn from the reference, and labelled by Bradley-Terry: P(tau_1 > tau_2) = s(R_1 - R_2).
 # The infinite-data loss is the expectation over pairs and labels. On deterministic ice its minimum is known exactly, on any map:
 #
-# Take a loss that is convex in the log-ratios d. Its value does not rise when each d is replaced by the mean of d over the
-# trajectories of the same return (Jensen). By Jensen again, E exp(d) >= exp(E d): the mass of pi_ref exp(d) is then at most 1.
-# What is missing is given to all alike, by a constant added to every d; that changes no h (and raises pi(y_w), which RPO, SFT,
+# Take a loss that is convex in the log-ratios d. Replace each d by its mean over the trajectories of the same return: the loss
+# does not rise (Jensen), and the mass E exp(d), which is 1 for a policy, does not either (Jensen again). What is then missing is
+# given to all alike, by a constant added to every d; that changes no h (and raises pi(y_w), which RPO, SFT,
 # MinorDPO and unlikelihood reward). So the best law is pi_ref(tau) exp(u(R)): one number u(0) for failure, one, u(1), for
 # success. (EXO and chi-squared PO are not convex, but their best law has this form too: under it every pair is at its own
 # minimum.) As the mass is 1, the difference u(1) - u(0) gives both, and bisection finds it to the last digit. The law belongs to
@@ -471,10 +471,10 @@ def convergence(sizes=(1000, 3162, 10_000, 31_623, 100_000), seeds=8, beta=0.5, 
 # Here the return of a trajectory also contains luck, the sum of r(s') + V(s') - E[r(s') + V(s')], and DPO credits the policy with
 # it: it misses pi*, even with infinite data (2409.02392, Prop 1). Labels from the regret, which leaves luck out, repair it.
 #
-# To show this exactly we need E f(d_1 - d_2) over all pairs. Enumerating them is hopeless (4x4, 6 steps: 900,000 trajectories),
-# but f is even, and with a cosine series of it
+# To show this exactly we need E f(d_1 - d_2) over all pairs, f the even part of the loss. Enumerating them is hopeless (4x4, 6
+# steps: 900,000 trajectories), but with a cosine series of f
 #     f(h) = sum_k c_k cos(w_k h),     E f(d_1 - d_2) = Re sum_k c_k E exp(i w_k d_1) E exp(-i w_k d_2) = sum_k c_k |phi(w_k)|^2,
-# because d_1 and d_2 are independent and have the same law. phi(w) = E exp(i w d) is the characteristic function of a sum over
+# because d_1 and d_2 are independent and distributed alike. phi(w) = E exp(i w d) is the characteristic function of a sum over
 # steps; one backward sweep computes it.
 #                                                                              [test_gridworld_pair_expectation_is_exact]
 
@@ -872,8 +872,9 @@ def ift(lake, reference, beta, rng):
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
-# The numbers are the strengths of the optima: beta times the margin h at which p times the slope of the loss for "success won"
-# balances 1-p times its slope for "failure won". For DPO, p s(-beta h) = (1-p) s(beta h), so beta h = logit p = 1.
+# The numbers are the strengths of the optima: beta times the margin h at which p = s(1), the chance that success wins, times the
+# slope of the loss for "success won" balances 1-p times its slope for "failure won". For DPO, p s(-beta h) = (1-p) s(beta h), so
+# beta h = logit p = 1.
 # MinorDPO stays at the reference, where its loss has a kink (d = 0): since some pairs are ties, leaving it pays only if
 # 2(1-p) < (2p-1) P(failure), which no P(failure) allows at p = .73.
 

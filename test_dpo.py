@@ -134,6 +134,7 @@ MISTAKES = {                                                                    
     "attached": "the rewards carried gradient: detach them, they are for logging",
     "bare rewards": "the rewards were not multiplied by beta",
     "smoothing": "label_smoothing weighed the wrong side: 1-e goes to the label as given",
+    "smoothing added": "the smoothed term had the wrong sign: it is -e log s(-z)",
     "no smoothing": "label_smoothing were ignored",
 }
 
@@ -149,6 +150,7 @@ def planted(mistake=None):
         z = (d_l - d_w if mistake == "sign" else d_w - d_l) * {"no beta": 1, "beta twice": beta ** 2}.get(mistake, beta)
         log_s = (lambda z: z.sigmoid().log()) if mistake == "log of sigmoid" else F.logsigmoid
         losses = -e * log_s(z) - (1 - e) * log_s(-z) if mistake == "smoothing" and e else -(1 - e) * log_s(z) - (e * log_s(-z) if e else 0)
+        losses = losses + 2 * e * log_s(-z) if mistake == "smoothing added" and e else losses
         if mistake == "two sigmoids":
             losses = -log_s(beta * d_w) - log_s(-beta * d_l)
         rewards = [d if mistake == "bare rewards" else beta * d for d in (d_w, d_l)]
@@ -469,7 +471,7 @@ def test_loss_survives_extreme_margins():
         close(torch.autograd.grad(losses.sum(), pc)[0], float64(0, -1), "the gradient at extreme margins")
         if loss_smooths:
             losses = loss(pc, pc.detach().flip(0), torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]), 1.0, label_smoothing=0.25)[0]
-            close(losses, float64(0.25e5, 0.75e5), "smoothed losses at beta h = +-1e5: logsigmoid in both terms", 1e-2)
+            close(losses, float64(0.25e5, 0.75e5), "smoothed losses at beta h = +-1e5", 1e-2)
     loss_smooths = "label_smoothing" in inspect.signature(under_test("dpo_loss")).parameters
     judge_loss(check, "log of sigmoid", "sign", "batch mean")
 
@@ -4398,7 +4400,7 @@ def test_exercise_gradient():
 
     def check(gradient):
         for arguments, expected in ((hand, float64(-1 / 8, -3 / 8)), ((*hand, 0.2), float64(-1 / 40, -11 / 40))):
-            close(torch.stack(tuple(gradient(*arguments))), torch.stack([expected, -expected]), "the two pairs of this test's docstring")
+            close(torch.stack(tuple(gradient(*arguments))), torch.stack([expected, -expected]), "two pairs worked by hand: beta 1/2, s(z) 3/4 and 1/4; smoothing 0, then 1/5")
         close(torch.stack(tuple(gradient(*random))), torch.stack(by_autograd(*random)), "the gradient must be autograd's of dpo_loss")
         try:
             with torch.inference_mode():                                         # where autograd has nothing to say
@@ -4415,6 +4417,7 @@ def test_exercise_gradient():
         "it averaged over pairs: it is the gradient of the sum": variant(mean=True),
         "the reference were left out: it enters through the weight": variant(reference=0.0),
         "label_smoothing were ignored": variant(lambda z, e: -(-z).sigmoid()),
+        "the smoothed term had the wrong sign: it is -e log s(-z) in the loss": variant(lambda z, e: -e * z.sigmoid() - (1 - e) * (-z).sigmoid()),
         "both sides were pushed the same way: the rejected's gradient is minus the chosen's": variant(sides=(1, 1))})
     with pytest.raises(AssertionError, match="by hand"):
         check(by_autograd)

@@ -40,10 +40,10 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     that a label is flipped, in [0, 0.5). Returns losses (B,), not their mean, chosen_rewards (B,) and rejected_rewards (B,), the
     latter two without gradient. The losses must stay finite, and so must their gradient, at margins of 1e5 in float32.
 
-        d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l)
-        losses = -(1-e) log s(z) - e log s(-z),    rewards = beta d
+        d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l),   rewards = beta d
+        losses = -log s(z) where e = 0; in general its mean over a label that is turned round, z -> -z, with chance e
 
-    Graded by: DPO_MODULE=exercises pytest -k loss
+    Graded by: DPO_MODULE=exercises pytest -k test_loss          (with --tb=short: the messages are long)
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps              # d_w
     rejected_logratios = policy_rejected_logps - reference_rejected_logps        # d_l
