@@ -720,8 +720,8 @@ def apo(lake, reference, beta, rng, rounds=3, momentum=0.5):
     """Accelerated preference optimisation (2410.06293). In round t DPO, with pairs from q_t and q_t as its reference, gives p_t, and
     q_{t+1} is proportional to p_t (p_t / p_{t-1})^momentum. It begins with q_0 = p_{-1} = pi_ref; the last q is the policy.
 
-    The KL weight of each round is rounds * beta, so plain rounds would end at pi*; momentum goes beyond, to a known strength.
-    The extrapolation is exact: step by step in the log-probabilities, then normalised over whole trajectories by `tilt`.
+    On deterministic ice: the KL weight of each round is rounds * beta, so plain rounds would end at pi*; momentum goes beyond, to a
+    known strength. The extrapolation is exact: step by step in the log-probabilities, then normalised over whole trajectories by `tilt`.
     """
     q = p_before = reference                                                        # q is pi_ref exp(u R)/Z, and
     u = u_before = 0.0                                                              # p_before is pi_ref exp(u_before R)/Z
@@ -1163,8 +1163,9 @@ def print_table(lake, best, rows):
               f"{row['objective']:8.4f} {row['success']:8.4f} {row['cells']:5d} {row['seconds']:7.2f}")
     print("own TV: max TV to the optimum a method is known to have (-: none known). cells: those that 1 episode in 100 enters.")
     if not lake.deterministic:
-        print("On slippery ice SLiC, RSO, EXO, chi-squared PO, RPO, MinorDPO and Plackett-Luce have no exact minimiser here:\n"
-              f"like ORPO, SimPO, KTO and MPO-style they are trained on {PAIRS} sampled pairs, and over-fit them.\n"
+        print("On slippery ice DPO, cDPO, robust DPO and IPO are the minimum that descent from the reference reaches; others may be\n"
+              "lower. SLiC, RSO, EXO, chi-squared PO, RPO, MinorDPO and Plackett-Luce have no exact minimiser here: like ORPO,\n"
+              f"SimPO, KTO and MPO-style they are trained on {PAIRS} sampled pairs, and over-fit them.\n"
               "RSO with a small beta accepts hardly any failures, so its pairs are ties, labelled by the toss of a coin.")
 
 

@@ -2180,6 +2180,23 @@ def test_errors_of_limit_and_efficiency():
     rejects(check_efficiency, 0.5)
 
 
+def test_error_of_the_limit_against_a_known_limit():
+    """With normal rewards of standard deviation 1 the limit's gain at a KL is sqrt(2 KL). From 64 samples a prompt it comes out low, at
+    1 nat by 2.4%, at 3 nats by 11%. `frontier_error` says so at 1 nat, to a fifth; at 3 nats, where the bias falls more slowly than
+    1/K, between half and three quarters of it. Rejected at 1 nat: half of the error, and twice."""
+    frontier = dpo.build_frontier(np.random.default_rng(1).normal(size=(2048, 64)))
+
+    def share(kl):
+        gain = frontier.at_kl(kl) - frontier.rewards.mean()
+        return dpo.frontier_error(frontier, kl) / ((math.sqrt(2 * kl) - gain) / gain)
+
+    def check(factor):
+        assert 0.8 < factor * share(1.0) < 1.2
+    check(1.0)
+    rejects(check, 0.5, 2.0)
+    assert 0.5 < share(3.0) < 0.75
+
+
 def test_no_efficiency_where_the_kl_may_be_zero():
     """The KL must be above 0.01 nats and above three of its standard errors, or the efficiency would divide noise by noise. Rejected: two
     standard errors, four."""
@@ -2439,6 +2456,8 @@ def test_gridworld_scores_against_enumeration():
     assert abs(gw.exact_objective(lake, *logs, beta).item() - (reward - beta * kl)) < 1e-13
     entered = [tau["weight"][(tau["state"] == s).any(1)].sum() for s in range(len(lake.P))]
     assert gw.cells_visited(lake, policy) == sum(p >= 0.01 for p in entered)
+    column = gw.score(lake, reference, reference, beta, policy)["kl"]                         # the table's: KL(optimum || policy)
+    assert abs(column - kl) < 1e-13 < abs(gw.kl_divergence(lake, reference, policy) - column)
 
 
 def test_gridworld_samples_follow_the_law():
@@ -2918,16 +2937,46 @@ def test_gridworld_mrpo_and_apo():
     def law(base):
         weight = gw.trajectory_logps(torch.tensor(base).log(), tau).exp().numpy() * np.exp(tau["return"] / beta)
         return weight / weight.sum()
-    policy, _ = gw.mrpo(lake, reference, beta, None)
-    found = gw.enumerate_trajectories(lake, policy)["weight"]
-    assert np.abs(found - law(1 / (0.5 / reference + 0.5 / 0.25))).max() < 1e-10
-    assert np.abs(found - law(0.5 * reference + 0.5 * 0.25)).max() > 1e-3
+    for policy in gw.mrpo(lake, reference, beta, None):                              # the policy, and the optimum it is held against
+        found = gw.enumerate_trajectories(lake, policy)["weight"]
+        assert np.abs(found - law(1 / (0.5 / reference + 0.5 / 0.25))).max() < 1e-10
+        assert np.abs(found - law(0.5 * reference + 0.5 * 0.25)).max() > 1e-3
     plain, _ = gw.apo(lake, reference, beta, None, momentum=0.0)
     assert worst_tv(lake, plain, gw.soft_optimal_policy(lake, reference, beta), reference) < 1e-9
     ahead, _ = gw.apo(lake, reference, beta, None)
     strength = 41 / 24            # in units of 1/beta, u^ = u + 1/3 and u = u^ + (u^ - u^_prev)/2: 1/2, 13/12, 41/24
     assert worst_tv(lake, ahead, gw.soft_optimal_policy(lake, reference, beta / strength), reference) < 1e-9
     assert worst_tv(lake, ahead, plain, reference) > 0.01
+
+
+def test_gridworld_losses_of_samples_by_hand():
+    """KTO on two pairs with d = (log 3, 0): z0 = log(3)/2, so at beta = 2 a wanted one costs 1 - s(log 3) = 1/4, an unwanted one as
+    much. MPO-style on log pi = (log 3/4, log 1/4), beta = 1/2: -s(log 3) = -3/4, less half of their mean, log(3/16)/2. A loss of
+    `dpo.LOSSES` is given each side's own length. Rejected: the two sides exchanged."""
+    logps, ref = float64(0, -1).repeat(2, 1), float64(-math.log(3), -1).repeat(2, 1)
+    close(gw.kto_loss(logps, ref, None, 2.0)[None], float64(1 / 2))
+    rejects(lambda wrong: close(gw.kto_loss(*wrong, None, 2.0)[None], float64(1 / 2)), (logps.flip(1), ref.flip(1)))
+    logps = float64(3 / 4, 1 / 4).log()[None]
+    expected = -3 / 4 - 1 / 2 * math.log(3 / 16) / 2
+    close(gw.mpo_loss(logps, None, None, 0.5)[None], float64(expected))
+    rejects(lambda wrong: close(gw.mpo_loss(wrong, None, None, 0.5)[None], float64(expected)), logps.flip(1))
+    simpo, lengths = gw.pair_loss("simpo", gamma=0.0), float64(3, 5)[None]
+    logps = float64(-3, -10)[None]                                                   # means -1 and -2
+    close(simpo(logps, logps, lengths, 1.0)[None], float64(-LOG_S(1.0)))
+    rejects(lambda wrong: close(simpo(logps, logps, wrong, 1.0)[None], float64(-LOG_S(1.0))), lengths.flip(1))
+
+
+def test_gridworld_ppo_stops_and_clips():
+    """ESPO with a limit of 1e-9 on |ratio - 1| takes one step of each batch, since only the first ratio is 1: as without a limit and
+    with one epoch. Many epochs on one batch leave the clipped policy near the old one, the unclipped one not."""
+    lake = gw.FrozenLake(SMALL)
+    reference = random_policy(lake, 18, 0.5)
+    run = lambda **settings: gw.ppo(**settings)(lake, reference, 0.3, np.random.default_rng(0))[0]
+    one = run(clip=None, epochs=1, iterations=3)
+    assert (run(clip=None, stop=1e-9, epochs=50, iterations=3) == one).all()
+    assert (run(clip=None, stop=9.0, epochs=50, iterations=3) != one).any()
+    clipped, unclipped = (worst_tv(lake, run(clip=clip, epochs=200, iterations=1, lr=0.02), reference, reference) for clip in (0.2, None))
+    assert clipped < 0.5 * unclipped
 
 
 @pytest.mark.parametrize("slip", [0.0, 0.2])
@@ -4080,6 +4129,36 @@ TINY = dict(sft_steps=20, prompts=64, dpo_steps=8, reward_model_steps=8, baselin
             limit_samples=64)
 
 
+def test_beta_and_kl_of_the_demonstration(monkeypatch):
+    """PPO's rewards are divided by their standard deviation, and so is its beta: beta E[r] means the same in both. DPO logs
+    KL(policy || reference), which is positive. Rejected: beta as it was, or multiplied; the KL upside down."""
+    good, bad = [" was superb.", " was good.", " was fine."], [" was awful.", " was weak.", " was dull."]
+    preferences = [dpo.Preference("the plot", w, l) for w, l in zip(good, bad)]
+    tokenizer = dpo.train_tokenizer(["the plot" + text for text in good + bad], 300)
+    reference = GPT(GPTConfig(tokenizer.n_vocab, 96, 1, 1, 8))
+    world = dpo.World(dpo.Scale(prompts_a_step=1, per_prompt=3), 0, tokenizer, reference, [dpo.encode(tokenizer, "the plot")] * 64,
+                      dpo.encode_pairs(tokenizer, preferences, 96), [], {}, None, {}, {}, {})
+    runs = []
+    monkeypatch.setattr(dpo, "train_ppo", lambda policy, critic, reference, prompts, reward, ppo, *more: runs.append((reward, ppo)) or [])
+    dpo.run_ppo(world, beta=3.0)
+    (reward, ppo), pairs = runs[0], world.pairs
+    std = float64(2, 1, 0.5, -2, -1, -1).std()                                   # the gold rewards of the six
+    check = lambda beta: close(float64(beta), float64(3.0 / std), tolerance=1e-6)
+    check(ppo.beta)
+    rejects(check, 3.0, 3.0 * std)
+    normal_rewards = reward([pairs.prompts[i] for i in range(6)], [pairs.completions[i] for i in range(6)])
+    close(torch.stack([normal_rewards.mean(), normal_rewards.std()]).double(), float64(0, 1), tolerance=1e-6)
+
+    def train(policy, reference, *arguments, on_step, **options):
+        with torch.no_grad():
+            policy.wte.weight.add_(0.3 * torch.randn(policy.wte.weight.shape, generator=torch.Generator().manual_seed(0)))
+        on_step(logs := {"step": 0})
+        return [logs]
+    monkeypatch.setattr(dpo, "train_preferences", train)
+    dpo.run_preferences(world)
+    assert world.histories["DPO"][0]["kl"] > 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 3])
 def test_demonstration_writes_what_it_promises(tmp_path, capsys, monkeypatch, processes):
@@ -4400,7 +4479,8 @@ def test_exercise_gradient():
 
     def check(gradient):
         for arguments, expected in ((hand, float64(-1 / 8, -3 / 8)), ((*hand, 0.2), float64(-1 / 40, -11 / 40))):
-            close(torch.stack(tuple(gradient(*arguments))), torch.stack([expected, -expected]), "two pairs worked by hand: beta 1/2, s(z) 3/4 and 1/4; smoothing 0, then 1/5")
+            close(torch.stack(tuple(gradient(*arguments))), torch.stack([expected, -expected]),
+                  "two pairs worked by hand: beta 1/2, s(z) 3/4 and 1/4; smoothing 0, then 1/5")
         close(torch.stack(tuple(gradient(*random))), torch.stack(by_autograd(*random)), "the gradient must be autograd's of dpo_loss")
         try:
             with torch.inference_mode():                                         # where autograd has nothing to say
@@ -4417,7 +4497,8 @@ def test_exercise_gradient():
         "it averaged over pairs: it is the gradient of the sum": variant(mean=True),
         "the reference were left out: it enters through the weight": variant(reference=0.0),
         "label_smoothing were ignored": variant(lambda z, e: -(-z).sigmoid()),
-        "the smoothed term had the wrong sign: it is -e log s(-z) in the loss": variant(lambda z, e: -e * z.sigmoid() - (1 - e) * (-z).sigmoid()),
+        "the smoothed term had the wrong sign: it is -e log s(-z) in the loss":
+            variant(lambda z, e: -e * z.sigmoid() - (1 - e) * (-z).sigmoid()),
         "both sides were pushed the same way: the rejected's gradient is minus the chosen's": variant(sides=(1, 1))})
     with pytest.raises(AssertionError, match="by hand"):
         check(by_autograd)
