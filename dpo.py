@@ -308,6 +308,11 @@ def take(x, rows):
     return F.embedding(rows, x)
 
 
+def full(x):
+    """x in float32, or in float64 if it is that: scores, log-probabilities and losses are never in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Block(nn.Module):
     """A transformer layer, its parameters named as in GPT-2: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -392,10 +397,9 @@ class GPT(nn.Module):
             x = take(x, packed.copies) if packed else x[keep]
         if self.score is None:
             x = F.linear(x, self.wte.weight)
-        else:                                                                    # rewards and values: never in half precision
-            exact = torch.promote_types(x.dtype, torch.float32)
+        else:
             with torch.autocast(x.device.type, enabled=False):
-                x = F.linear(x.to(exact), self.score.weight.to(exact))
+                x = F.linear(full(x), full(self.score.weight))
         return x[:packed.wanted].clone() if packed and len(x) > packed.wanted else x            # a copy: FSDP2 warns of views
 
     def save_pretrained(self, directory, tensors=None):
@@ -410,9 +414,13 @@ class GPT(nn.Module):
             "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
             "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "activation_function": "gelu_new",
             "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id,
-            # with EOS as pad, transformers would take a reward model's last EOS for a pad and read the score before it
-            "pad_token_id": c.eos_token_id if self.score is None else None,
+            "pad_token_id": self.pad_token_id(),
             "tie_word_embeddings": True, **({} if self.score is None else {"num_labels": self.score.out_features})})
+
+    def pad_token_id(self):
+        """What transformers shall pad with. EOS; but of a reward model it reads the score at the last token that is no pad, and that
+        is the text's EOS."""
+        return self.config.eos_token_id if self.score is None else int(self.config.eos_token_id == 0)
 
     @classmethod
     def from_pretrained(cls, name_or_dir, n_outputs: int | None = None):
@@ -423,7 +431,7 @@ class GPT(nn.Module):
             raise ValueError(f"{directory}: no config.json there; a model is a directory with config.json and model.safetensors")
         config = json.loads((directory / "config.json").read_text())
         usual = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-                 "scale_attn_by_inverse_layer_idx": False, "n_inner": 4 * config["n_embd"]}
+                 "scale_attn_by_inverse_layer_idx": False, "n_inner": 4 * config.get("n_embd", 0)}
         for name, value in usual.items():
             if config.get(name) not in (None, value):
                 raise ValueError(f"{directory}: its {name} is {config[name]}, and this GPT-2's is {value}")
@@ -620,8 +628,8 @@ def token_logps(model, tokens, mask):
     logits = model(tokens, at) if isinstance(model, GPT) else model(tokens)[at]                 # (N, V), N = at.sum()
     targets = tokens[predicted(mask)]                                                           # (N,)
 
-    def target_logps(logits, targets):                                                          # never in half precision
-        return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    def target_logps(logits, targets):
+        return -F.cross_entropy(full(logits), targets, reduction="none")
     if logits.numel() <= MANY_LOGITS:
         logps = target_logps(logits, targets)
     else:       # keep no log-softmax of a large vocabulary: the backward pass makes it again from the logits, part by part
@@ -1463,7 +1471,7 @@ FORMULAS = {
     "robust": lambda pc, pr, rc, rr, beta, label_smoothing=0.1: (
         (1 - label_smoothing) * dpo_loss(pc, pr, rc, rr, beta)[0]
         - label_smoothing * dpo_loss(pr, pc, rr, rc, beta)[0]) / (1 - 2 * label_smoothing),
-    # (h - 1/(2 tau))^2                                       beta is tau; h of sums over tokens, as in the paper  [2310.12036 Eq 17]
+    # (h - 1/(2 tau))^2                                       beta is tau; h of sums, as in the paper (TRL: of means)  [2310.12036 Eq 17]
     "ipo": lambda pc, pr, rc, rr, beta: ((pc - rc) - (pr - rr) - 1 / (2 * beta)).square(),
     # max(0, 1 - beta h)                                      SLiC's hinge on DPO's margin, as RSO has it  [2309.06657]
     "hinge": lambda pc, pr, rc, rr, beta: F.relu(1 - beta * ((pc - rc) - (pr - rr))),
@@ -1536,7 +1544,8 @@ def by_name(name: str, formula):
         smoothing = hyper.get("label_smoothing", 0.1)                            # where none is given, every loss's own is in range
         if not 0 <= smoothing < 0.5 or name == "exo" and smoothing == 0:
             raise ValueError(f"{name} takes a label_smoothing {'above' if name == 'exo' else 'from'} 0 and below 0.5, not {smoothing}")
-        return formula(**{key: value for key, value in given.items() if key in takes}, **hyper)
+        given = {key: full(value) if key in ("pc", "pr", "rc", "rr") else value for key, value in given.items() if key in takes}
+        return formula(**given, **hyper)
     return loss
 
 
@@ -2338,7 +2347,7 @@ def byte_letters() -> dict:
     return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
 
 
-def save_tokenizer(tokenizer: tiktoken.Encoding, directory):
+def save_tokenizer(tokenizer: tiktoken.Encoding, directory, pad_token_id=None):
     """Write tokenizer.json, from which transformers' AutoTokenizer makes the same ids. tiktoken merges any two neighbours whose
     whole is a token, lowest id first: so every way to halve a token is listed as a merge, in the order of ids."""
     letters, ranks = byte_letters(), tokenizer._mergeable_ranks
@@ -2353,11 +2362,12 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, directory):
         "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}})
     write_json(Path(directory) / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
-               "clean_up_tokenization_spaces": False, **{f"{name}_token": EOS_TEXT for name in ("eos", "bos", "unk")}})
+               "clean_up_tokenization_spaces": False, **{f"{name}_token": EOS_TEXT for name in ("eos", "bos", "unk")},
+               "pad_token": next((token for token, i in vocabulary.items() if i == pad_token_id), None)})
 
 
-def read_tokenizer(directory) -> tiktoken.Encoding:
-    """The tokenizer beside a model: tokenizer.json, or vocab.json, of GPT-2's kind; GPT-2's own where there is none."""
+def read_tokenizer(directory, vocab_size: int = 50257) -> tiktoken.Encoding:
+    """The tokenizer beside a model: tokenizer.json, or vocab.json, of GPT-2's kind; GPT-2's own if there is none and the size fits."""
     directory = Path(directory)
     if (directory / "tokenizer.json").is_file():
         saved = json.loads((directory / "tokenizer.json").read_text("utf-8"))
@@ -2366,13 +2376,17 @@ def read_tokenizer(directory) -> tiktoken.Encoding:
                 or not cut.get("use_regex", True) or saved.get("normalizer")):
             raise ValueError(f"{directory}: its tokenizer.json is not of GPT-2's kind, a byte-level BPE")
         vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
+        if not all(token.get("special", True) for token in saved.get("added_tokens", ())):
+            raise ValueError(f"{directory}: its tokenizer has added tokens that are not special, which would be cut as other text is")
         merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in model.get("merges", ())]
         if merged != sorted(merged):                                             # tiktoken merges by id
             raise ValueError(f"{directory}: the merges of its tokenizer.json are not in the order of the ids")
     elif (directory / "vocab.json").is_file():
         vocabulary, special = json.loads((directory / "vocab.json").read_text("utf-8")), {}
-    else:
+    elif vocab_size == 50257:
         return load_tokenizer("gpt2")
+    else:
+        raise ValueError(f"{directory}: no tokenizer.json there")
     if EOS_TEXT in vocabulary:
         special[EOS_TEXT] = vocabulary[EOS_TEXT]
     if EOS_TEXT not in special:
@@ -2389,13 +2403,17 @@ def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tu
     """A model and its tokenizer. like: the (model, tokenizer) whose ids it must understand. scores: it must be a reward model."""
     directory = find_model(name)
     try:
-        model, tokenizer = GPT.from_pretrained(directory, n_outputs), read_tokenizer(directory)
+        model = GPT.from_pretrained(directory, n_outputs)
+        tokenizer = read_tokenizer(directory, model.config.vocab_size)
+        has_eos = json.loads((directory / "config.json").read_text()).get("eos_token_id") is not None
     except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
         reason = str(error).strip().replace("\n", " ")[:300]
         known = reason.startswith(str(directory))
         raise ValueError(reason if known else f"{directory}: not a model that can be read: {reason}") from None
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
+    if has_eos and tokenizer.eot_token != model.config.eos_token_id < model.config.vocab_size:
+        raise ValueError(f"{directory}: its EOS is token {model.config.eos_token_id}, and not {EOS_TEXT}, {tokenizer.eot_token}")
     outputs = None if model.score is None else model.score.out_features
     if outputs != (1 if scores else n_outputs):
         raise ValueError(f"{directory}: " + (
@@ -2450,7 +2468,7 @@ def plan(options, model: GPT, tokenizer, lines, prefix="") -> tuple[Training, Ru
 
     def export(tensors):
         own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        save_tokenizer(tokenizer, options.out)
+        save_tokenizer(tokenizer, options.out, model.pad_token_id())
         model.save_pretrained(options.out, own)
     return Training(steps, rate, options.batch_size, options.micro_batch or 10 ** 9, seed=options.seed), Run(
         options.out, settings, export, lines, options.save_every, options.resume, options.fsdp)
@@ -2481,9 +2499,9 @@ def stage_sft(options, device) -> dict:
         texts, lines = sides[is_held_out(text) and not options.all]
         for piece in pieces:
             texts.append(piece), lines.append(line)
-    (texts, lines), (rest, _) = sides if len(sides[0][0]) else sides[::-1]       # a split would leave none to train on
-    report(options.data, len(texts) + len(rest), {"texts longer than the block, cut into pieces": cut, "rows held out": len(rest),
-                                                  "duplicates": n - len(seen)})
+    (texts, lines), (rest, rest_lines) = sides if len(sides[0][0]) else sides[::-1]       # a split would leave none to train on
+    report(options.data, n, {f"texts longer than the block, cut, {len(texts) + len(rest)} pieces in all": cut,
+                             "rows held out": len(set(rest_lines)), "duplicates": n - len(seen)})
     train_sft(model, texts, *plan(options, model, tokenizer, lines))
     if not len(rest):
         return {}

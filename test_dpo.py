@@ -1052,6 +1052,9 @@ def test_foreign_settings_of_gpt2_are_refused(tmp_path, setting):
         (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
         with pytest.raises(ValueError, match="GPT-2") if refused else contextlib.nullcontext():
             GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    with pytest.raises(ValueError, match="its model_type is llama"):
+        GPT.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no model.safetensors"):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -3777,6 +3780,9 @@ def test_rows_are_counted_on_their_side(world, tmp_path, capsys):
     path = write_jsonl(tmp_path / "one.jsonl", [{"text": text}])
     assert run("sft", "--data", path, "--out", tmp_path / "out", "--steps", 1, *TINY_GPT) == 0
     assert "1 rows\n" in capsys.readouterr().out
+    path = write_jsonl(tmp_path / "long.jsonl", [{"text": text + " again and again" * 20}, {"text": "another"}])
+    assert run("sft", "--data", path, "--out", tmp_path / "long", "--steps", 1, "--all", *TINY_GPT) == 0
+    assert re.search(r": 2 rows; 1 texts longer than the block, cut, \d+ pieces in all\n", capsys.readouterr().out)
 
 
 def test_rows_count_from_the_end_as_lists_do():
@@ -3931,6 +3937,44 @@ def test_what_we_save_loads_in_transformers(world, monkeypatch):
     close(own(tokens), model(tokens).logits, tolerance=1e-4)
 
 
+def test_reward_models_score_batches_in_transformers(world):
+    """GPT2ForSequenceClassification and the tokenizer beside it score texts of several lengths in one batch as we do, pads and all; with
+    EOS as the pad, the token that ends a text would be taken for one."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "rm")
+    model = transformers.GPT2ForSequenceClassification.from_pretrained(world / "rm").eval()
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in SAVED_TEXTS]
+    ours = dpo.score_completions(dpo.open_model(world / "rm", "cpu", scores=True)[0], [[]] * len(ids), ids)
+
+    def check():
+        padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        with torch.no_grad():
+            close(model(**padded).logits[:, 0], ours, tolerance=1e-4)
+    check()
+    tokenizer.pad_token, model.config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+    rejects(lambda _: check(), None)
+
+
+def test_models_whose_texts_end_otherwise_are_refused(world, tmp_path):
+    """Another EOS than <|endoftext|>, added tokens that are not special, no tokenizer for a vocabulary that is not GPT-2's (and nothing
+    is looked for elsewhere): one line each. An EOS id outside the vocabulary, as transformers' default is in a small one, says nothing."""
+    for change, line in ({"eos_token_id": 7}, "its EOS is token 7"), ({"eos_token_id": 50256}, None), ({"eos_token_id": None}, None):
+        directory = tmp_path / str(change["eos_token_id"])
+        shutil.copytree(world / "sft", directory)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=line) if line else contextlib.nullcontext():
+            assert dpo.open_model(directory, "cpu")[0].config.eos_token_id == 299
+    saved = json.loads((directory / "tokenizer.json").read_text())
+    saved["added_tokens"].append({"id": 300, "content": "<user>", "special": False})
+    (directory / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="not special"):
+        dpo.open_model(directory, "cpu")
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="no tokenizer.json"):
+        dpo.open_model(directory, "cpu")
+
+
 @pytest.mark.parametrize("change", ["no regex", "merges out of order", "a space before the text", "lower case", "another kind"])
 def test_tokenizers_that_cut_otherwise_are_refused(world, tmp_path, change):
     """tokenizer.json may say that words are not cut first, or merge in another order than that of the ids; the ids would be others
@@ -4050,6 +4094,18 @@ def test_eval_of_the_reference_and_of_a_reward_model(world, capsys):
     assert "margin 0  " in said and "loss 0.6931" in said
     assert run("eval", "--data", world / "pairs.jsonl", "--init", world / "rm") == 0 and "accuracy" in capsys.readouterr().out
     assert run("eval", "--data", world / "pairs.jsonl", "--init", world / "sft") == 2
+
+
+@pytest.mark.parametrize("name", dpo.LOSSES)
+def test_losses_of_half_precision_are_computed_in_float32(name):
+    """From bfloat16 log-probs, also of a probability near 1 and of d = 12, come float32's losses of the same numbers, and gradients that
+    are numbers."""
+    four = [torch.tensor(values, dtype=torch.bfloat16) for values in ([-0.01, -18.0], [-30.0, -30.0], [-1.0, -30.0], [-1.0, -30.0])]
+    pc = four[0].clone().requires_grad_()
+    lengths = dict(beta=0.1, chosen_lengths=torch.tensor([20, 20]), rejected_lengths=torch.tensor([20, 20]))
+    losses = dpo.LOSSES[name](pc, *four[1:], **lengths)
+    assert losses.dtype == torch.float32 and torch.equal(losses, dpo.LOSSES[name](*(x.float() for x in four), **lengths))
+    assert torch.autograd.grad(losses.sum(), pc)[0].isfinite().all()
 
 
 def test_half_precision_ends_at_the_logits():
