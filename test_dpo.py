@@ -182,8 +182,8 @@ def judge_loss(check, *mistakes):
     __tracebackhide__ = True
     loss = under_test("dpo_loss")
 
-    def returned(*arguments, **options):
-        result = loss(*arguments, **options)
+    def returned(*arguments, **options):                                         # it may write into its arguments: they are copies
+        result = loss(*(x.clone() if isinstance(x, torch.Tensor) else x for x in arguments), **options)
         if not isinstance(result, (tuple, list)) or len(result) != 3 or not all(isinstance(x, torch.Tensor) for x in result):
             pytest.fail("dpo_loss returns three tensors (B,): losses, chosen_rewards, rejected_rewards, one number a pair in each")
         return result
@@ -192,8 +192,8 @@ def judge_loss(check, *mistakes):
     except AssertionError as error:
         raise AssertionError(f"{error}\n{diagnose(loss)}") from None
     except RuntimeError as error:
-        if "does not require grad" in str(error):
-            pytest.fail("dpo_loss: the losses carry no gradient, training needs it: were they detached?")
+        if "does not require grad" in str(error) or "not have been used" in str(error):
+            pytest.fail("dpo_loss: the losses carry no gradient, or only to one side; training needs both: was something detached?")
         raise
     check(planted())
     rejects(check, *(planted(mistake) for mistake in mistakes))
@@ -467,7 +467,7 @@ def test_loss_survives_extreme_margins():
     def check(loss):
         pc = torch.tensor([-1.0, -1e5 - 1], requires_grad=True)
         losses = loss(pc, pc.detach().flip(0), torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]), 1.0)[0]
-        close(losses, float64(0, 1e5), "losses at beta h = +-1e5: log(sigmoid) underflows to inf, use logsigmoid", 1e-2)
+        close(losses, float64(0, 1e5), "losses at beta h = +-1e5", 1e-2)
         close(torch.autograd.grad(losses.sum(), pc)[0], float64(0, -1), "the gradient at extreme margins")
         if loss_smooths:
             losses = loss(pc, pc.detach().flip(0), torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0]), 1.0, label_smoothing=0.25)[0]
@@ -691,6 +691,14 @@ def test_plackett_luce_loss():
     check(under_test("plackett_luce_loss"))
     rejects(check, lambda p, r, beta: under_test("plackett_luce_loss")(p.flip(1), r.flip(1), beta),
             lambda p, r, beta: -(beta * (p - r)).log_softmax(-1).sum(-1), lambda p, r, beta: -(beta * (p - r)).log_softmax(-1)[:, 0])
+
+
+def test_orpo_without_its_odds_term_is_sft():
+    """lam = 0 leaves -log P_w, whatever beta is; only where lam is not given it is beta."""
+    logps = float64(-4, -6)[:, None]
+    orpo = lambda **hyper: dpo.LOSSES["orpo"](*logps, **ONE_PAIR, **hyper)
+    close(orpo(lam=0.0), float64(2.0))
+    close(orpo(), orpo(lam=ONE_PAIR["beta"]))
 
 
 # ======================================================================================================================
@@ -1314,6 +1322,34 @@ def test_generate_in_the_models_precision(dtype):
         assert [completion] == generate(tiny_gpt(seed=11), [[1, 2]], 6, temperature=0)
 
 
+def test_an_eos_in_a_prompt_ends_nothing():
+    """EOS inside a prompt is given, not sampled: beside a shorter prompt it completes as alone."""
+    model, prompts = tiny_gpt(seed=11), [[1], [2, 10, 3], [10, 10, 4, 5]]
+    alone = [generate(model, [prompt], 6, temperature=0)[0] for prompt in prompts]
+    assert generate(model, prompts, 6, temperature=0) == alone and all(alone)
+
+
+def test_sampling_is_in_float32(monkeypatch):
+    """Tokens are drawn from float32 logits, whatever the model's precision: bfloat16's cumulative sums have 8 bits."""
+    seen, sample_from = [], dpo.sample_from
+    monkeypatch.setattr(dpo, "sample_from", lambda logits, *more: seen.append(logits.dtype) or sample_from(logits, *more))
+    generate(tiny_gpt().bfloat16(), [[1], [2, 3]], 3)
+    assert {*seen} == {torch.float32}
+
+
+def test_rounding_chooses_no_token_beyond_the_vocabulary(monkeypatch):
+    """The cumulative probabilities end at 1 only up to rounding: the largest uniform number still chooses a token that there is."""
+    logits = torch.randn(64, 50257, generator=torch.Generator().manual_seed(0))
+    assert (logits.softmax(-1).cumsum(-1)[:, -1] < 1).any()
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(*shape))
+    assert dpo.sample_from(logits).max() < 50257
+
+
+def test_no_batch_is_larger_than_asked_for():
+    """Five rows in batches of two: 2, 2, 1."""
+    assert [len(rows) for rows in dpo.similar_lengths([3] * 5, 2, cells=10 ** 9, more=4)] == [2, 2, 1]
+
+
 # ---- The training loop and the preference trainer --------------------------------------------------------------------
 
 
@@ -1426,6 +1462,19 @@ def test_ift_loss():
     for gamma in (0, 0.9):
         assert dpo.ift_loss(model, tokens, torch.tensor([[0, 0, 0, 1]]), 0.2, gamma) == 0
         assert dpo.ift_loss(model, tokens, torch.zeros_like(mask), 0.2, gamma) == 0                     # and no response at all
+
+
+def test_ift_loss_mixes_guesses_without_a_future_too():
+    """gamma = 0 leaves the plain mean of the losses, but on inputs that are mixed all the same. Rejected: SFT."""
+    model, tokens, mask = tiny_gpt(seed=4).double(), torch.tensor([[5, 3, 1, 10]]), torch.tensor([[0, 1, 1, 1]])
+    guess, table = F.pad(model(tokens).argmax(-1)[:, :-1], (1, 0))[0], model.wte.weight.detach()
+
+    def check(lam):
+        inputs = torch.stack([table[5], *((1 - lam) * table[tokens[0, t]] + lam * table[guess[t]] for t in (1, 2, 3))])[None]
+        logps = model(tokens, embeddings=inputs)[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])
+        close(dpo.ift_loss(model, tokens, mask, 0.2, 0), -logps.mean(), tolerance=1e-6)
+    check(0.2)
+    rejects(check, 0.0)
 
 
 def test_each_epoch_is_a_permutation():
@@ -1617,6 +1666,42 @@ def test_sft_learns_to_end():
     assert generate(model, [[1]], 8, temperature=0) == [text[1:]]
 
 
+def test_evaluation_turns_dropout_off():
+    """A model as `from_pretrained` returns it, in train mode with dropout 1/2, is asked and sampled without dropout, and `fit` leaves
+    its model so. Rejected: the same calls with dropout on."""
+    prompts, completions = ragged()
+
+    def check(quiet):
+        logps = [completion_logps(quiet(tiny_gpt(dropout=0.5)), prompts, completions) for _ in range(2)]
+        close(logps[0], logps[1]), close(logps[0], completion_logps(tiny_gpt(), prompts, completions), tolerance=1e-5)
+        samples = generate(quiet(tiny_gpt(dropout=0.5)), prompts, 6, temperature=0)
+        assert samples == generate(tiny_gpt(), prompts, 6, temperature=0)
+    check(lambda model: model.train())
+
+    def noisy(model):
+        model.eval = lambda: model.train()                                       # nothing turns it off
+        return model.train()
+    rejects(check, noisy)
+    model = tiny_gpt(dropout=0.5)
+    dpo.train_sft(model, [[1, 2, 10]] * 2, Training(2, 1e-3, 2), quiet=True)
+    assert not any(module.training for module in model.modules())
+
+
+def test_dropout_of_a_fresh_reference_is_off():
+    """The reference as `from_pretrained` returns it, in train mode with dropout 1/2: the first loss is ln 2."""
+    reference = tiny_gpt(dropout=0.5).train()
+    close(train_dpo(tiny_gpt(), reference, steps=1)[0]["loss"], LN2, "is dropout off in the reference?", 1e-6)
+
+
+def test_a_second_stop_signal_ends_at_once():
+    """The first signal is noted, and the next one has its usual effect again; afterwards every handler is what it was."""
+    before = signal.getsignal(signal.SIGINT)
+    with dpo.stop_signals(True) as said:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert said == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 # ---- Preference data -------------------------------------------------------------------------------------------------
 
 
@@ -1704,6 +1789,49 @@ def test_load_preferences_needs_records(tmp_path):
     for path in (tmp_path / "absent.jsonl", tmp_path, tmp_path / "empty.jsonl"):
         with pytest.raises(ValueError, match=f"^{path}:"):
             dpo.load_preferences(path)
+
+
+def test_labels_follow_their_seed(tokenizer):
+    """The same completions, rewards a tenth apart: another seed gives other labels, the same one the same. Rejected: the same seed."""
+    def labels(seed):
+        torch.manual_seed(0)
+        reward = lambda prompt, text: zlib.crc32(text.encode()) % 7 / 10
+        pairs, _ = dpo.sample_preferences(tiny_gpt(tokenizer.n_vocab, block_size=32), tokenizer, ["the plot", "the"], reward, 6, 8, seed)
+        return [pair.chosen for pair in pairs]
+
+    def check(seed):
+        assert labels(0) != labels(seed)
+    check(1)
+    rejects(check, 0)
+
+
+def test_both_answers_of_a_conversation_follow_a_blank_line(tmp_path):
+    """Chosen and rejected each follow the prompt's turns as `chat_template` would have written them; a rejected answer that repeats these
+    turns is a fault, and so is one whose messages are all blank."""
+    turn = lambda role, content: [{"role": role, "content": content}]
+    record = {"prompt": turn("user", "p"), "chosen": turn("assistant", "c"), "rejected": turn("assistant", "r")}
+    pair, = dpo.load_preferences(write_jsonl(tmp_path / "chat.jsonl", [record]))
+    for side in ("chosen", "rejected"):
+        assert pair.prompt + getattr(pair, side) == dpo.chat_template(record["prompt"] + record[side])
+    for rejected, complaint in ((record["prompt"] + record["rejected"], "only what follows"), (turn("assistant", " "), "empty or blank")):
+        with pytest.raises(ValueError, match=complaint):
+            dpo.load_preferences(write_jsonl(tmp_path / "chat.jsonl", [record | {"rejected": rejected}]))
+
+
+def test_rows_hold_ids_of_large_vocabularies():
+    """Two bytes a token up to 65,536 tokens, four beyond: no id is lost."""
+    for vocab_size in (2 ** 16, 2 ** 16 + 1, 200_000):
+        rows = dpo.Rows(vocab_size)
+        rows.append([0, vocab_size - 1])
+        assert rows[0].tolist() == [0, vocab_size - 1] and rows.ids.itemsize == (2 if vocab_size == 2 ** 16 else 4)
+
+
+def test_duplicates_are_equal_pairs(tokenizer):
+    """A repeated pair is a duplicate; one with the same chosen side, or turned round, is not."""
+    pair = dpo.Preference("the plot", " a.", " b.")
+    others = [dpo.Preference("the plot", " a.", " c."), dpo.Preference("the plot", " b.", " a."), dpo.Preference("the cast", " a.", " b.")]
+    count = lambda preferences: dpo.encode_pairs(tokenizer, preferences, 48).counts["duplicates"]
+    assert count([pair, *others]) == 0 and count([pair, *others, pair]) == 1
 
 
 # ---- The reward model and PPO ----------------------------------------------------------------------------------------
@@ -2058,6 +2186,72 @@ def test_trainers_reach_the_analytic_optimum(train):
     rejects(check, logps(reference), *(tilted(logps(reference), TINY_REWARD, beta)[0] for beta in (0.5, 2.0)))
 
 
+def test_first_accuracy_of_a_reward_model_is_one_half():
+    """A new head says 0 everywhere, so every pair is a tie, half right."""
+    history = dpo.train_reward_model(tiny_gpt(n_outputs=1), tiny_pairs(), Training(1, 1e-3, 24), quiet=True)
+    assert history[0]["accuracy"] == 0.5
+
+
+def test_each_rollout_draws_its_prompts_anew():
+    """Two rollouts of one run have different prompts, another seed's first one, too; the same seed gives the same again."""
+    def drawn(seed):
+        seen = []
+        settings = dpo.PPO(rollout=8, minibatch=8, epochs=1, max_new_tokens=2)
+        torch.manual_seed(0)
+        dpo.train_ppo(tiny_gpt(), tiny_gpt(n_outputs=1), tiny_gpt(), [[i, j] for i in range(9) for j in range(9)],
+                      lambda prompts, completions: seen.append(prompts) or torch.ones(8), settings, Training(2, 1e-3, seed=seed),
+                      quiet=True)
+        return seen
+    first, second = drawn(0)
+    assert first != second and [first, second] == drawn(0) and first != drawn(1)[0]
+
+
+def test_completions_of_a_group_share_their_prompt(monkeypatch):
+    """GRPO's rollout of 8 in groups of 4: rows 0 to 3 follow one prompt, 4 to 7 another. Rejected: prompts that take turns."""
+    seen = []
+
+    def reward(prompts, completions):
+        seen.append(prompts)
+        return torch.ones(8)
+    settings = dpo.PPO(rollout=8, minibatch=8, epochs=1, max_new_tokens=2, group=4)
+    dpo.train_ppo(tiny_gpt(), None, tiny_gpt(), [[i] for i in range(10)], reward, settings, Training(4, 1e-3), quiet=True)
+
+    def check(rollouts):
+        assert all(rows[:4] == rows[:1] * 4 and rows[4:] == rows[4:5] * 4 for rows in rollouts)
+    check(seen)
+    assert any(rows[0] != rows[4] for rows in seen)
+    rejects(check, [rows[::4] * 4 for rows in seen])
+
+
+def test_beta_adapts_from_rollout_to_rollout():
+    """With a target far below the KL, beta grows by the same factor at each rollout. Rejected: growth from the first beta each time."""
+    settings = dpo.PPO(beta=0.5, rollout=8, minibatch=8, epochs=2, max_new_tokens=4, target_kl=1e-6, kl_horizon=80)
+    torch.manual_seed(0)
+    history = dpo.train_ppo(tiny_gpt(), tiny_gpt(n_outputs=1), tiny_gpt(seed=1), ragged(16)[0], lambda p, c: torch.ones(len(c)), settings,
+                            Training(6, 1e-2), quiet=True)
+    assert min(column(history, "kl")) > 1e-5
+    check = lambda third: close(column(history, "beta")[::2], float64(0.5, 0.51, third))
+    check(0.5202)
+    rejects(check, 0.51)
+
+
+def test_ppo_knows_which_prompts_a_batch_is_of(monkeypatch):
+    """"data", by which a NaN's message names lines, numbers the prompts, not the rows of the rollout."""
+    monkeypatch.setattr(dpo, "fit", lambda stage, models, batches, *more, **options: batches(0))
+    prompts = [[i, i] for i in range(10)]
+    batch, = dpo.train_ppo(tiny_gpt(), tiny_gpt(n_outputs=1), tiny_gpt(), prompts, lambda p, c: torch.ones(8),
+                           dpo.PPO(rollout=8, minibatch=8, max_new_tokens=2), Training(1, 1e-3), quiet=True)
+    assert [prompts[i] for i in batch["data"]] == batch["tokens"][:, :2].tolist()
+
+
+def test_ppo_refuses_groups_that_cannot_be_compared():
+    """One completion has no group to be compared with; 8 do not divide into threes; nor into minibatches of three."""
+    for settings in ({"group": 1}, {"group": 3}, {"minibatch": 3}):
+        with pytest.raises(ValueError, match="rollout of 8"):
+            dpo.PPO(**{"rollout": 8, "minibatch": 8} | settings)
+    dpo.PPO(rollout=8, minibatch=4, group=2)
+
+
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -2395,6 +2589,22 @@ def test_gridworld_bad_flags_give_one_line_and_exit_code_2(flags, capsys):
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and "Traceback" not in error and error.splitlines()[-1].startswith("gridworld.py: error: ")
+
+
+def test_gridworld_scores_where_the_reference_comes():
+    """What a policy does where the reference never comes costs no distance; where it comes, TV and MSE are by hand. And the KL of a policy
+    to one that gives its action 1e-30 is 30 ln 10."""
+    lake = gw.FrozenLake(SMALL)
+    reference = gw.uniform_policy(lake)
+    reached = gw.visits(lake, reference) > 0
+    other, near = np.where(reached[..., None], reference, [1, 0, 0, 0]), reference.copy()
+    found = gw.score(lake, other, reference, 0.5, reference)
+    assert found["tv"] == 0 and found["mse"] == 0 and not reached.all()
+    near[0, 0] = 0.35, 0.15, 0.25, 0.25                                          # one of the cells, t = 0 at S
+    found = gw.score(lake, near, reference, 0.5, reference)
+    close([found["tv"], found["mse"]], [0.1, 0.02 / 4 / reached.sum()])
+    one = gw.FrozenLake(["SG"])
+    close(gw.kl_divergence(one, np.array([[[1, 0, 0, 0], [0.25] * 4]]), np.array([[[1e-30, 1, 0, 0], [0.25] * 4]])), 30 * math.log(10))
 
 
 # --- The optimum --------------------------------------------------------------------------------------------------------
@@ -2952,21 +3162,46 @@ def test_gridworld_mrpo_and_apo():
     assert worst_tv(lake, ahead, plain, reference) > 0.01
 
 
-def test_gridworld_losses_of_samples_by_hand():
-    """KTO on two pairs with d = (log 3, 0): z0 = log(3)/2, so at beta = 2 a wanted one costs 1 - s(log 3) = 1/4, an unwanted one as
-    much. MPO-style on log pi = (log 3/4, log 1/4), beta = 1/2: -s(log 3) = -3/4, less half of their mean, log(3/16)/2. A loss of
-    `dpo.LOSSES` is given each side's own length. Rejected: the two sides exchanged."""
-    logps, ref = float64(0, -1).repeat(2, 1), float64(-math.log(3), -1).repeat(2, 1)
-    close(gw.kto_loss(logps, ref, None, 2.0)[None], float64(1 / 2))
-    rejects(lambda wrong: close(gw.kto_loss(*wrong, None, 2.0)[None], float64(1 / 2)), (logps.flip(1), ref.flip(1)))
-    logps = float64(3 / 4, 1 / 4).log()[None]
-    expected = -3 / 4 - 1 / 2 * math.log(3 / 16) / 2
-    close(gw.mpo_loss(logps, None, None, 0.5)[None], float64(expected))
-    rejects(lambda wrong: close(gw.mpo_loss(wrong, None, None, 0.5)[None], float64(expected)), logps.flip(1))
-    simpo, lengths = gw.pair_loss("simpo", gamma=0.0), float64(3, 5)[None]
-    logps = float64(-3, -10)[None]                                                   # means -1 and -2
-    close(simpo(logps, logps, lengths, 1.0)[None], float64(-LOG_S(1.0)))
-    rejects(lambda wrong: close(simpo(logps, logps, wrong, 1.0)[None], float64(-LOG_S(1.0))), lengths.flip(1))
+def test_gridworld_sampled_losses_by_hand():
+    """The pair of `test_each_loss_by_hand`, d_w = 2, d_l = -1/2. KTO's point of reference is the mean 3/4, without gradient, or 0 where the
+    mean is negative; MPO-style -s(2) + 5 beta; ORPO and SimPO get each side's length, and SimPO its own beta. Rejected: sides swapped."""
+    logps, ref, lengths, beta = float64(-4, -6)[None], float64(-6, -5.5)[None], float64(2, 4)[None], 0.25
+    s = lambda z: 1 / (1 + math.exp(-z))
+
+    def check(logps, ref, lengths):
+        close(gw.kto_loss(logps, ref, lengths, beta), 2 * (1 - s(beta * 1.25)))
+        close(gw.mpo_loss(logps, ref, lengths, beta), -s(2) + 5 * beta)
+        for name, hyper in (("orpo", {"lam": 0.1}), ("simpo", {"beta": 2.0})):
+            expected = dpo.LOSSES[name](*float64(-4, -6, -6, -5.5)[:, None], **ONE_PAIR | hyper)
+            close(gw.pair_loss(name, **hyper)(logps, ref, lengths, beta), expected[0])
+    check(logps, ref, lengths)
+    rejects(lambda swapped: check(*swapped), [x.flip(1) for x in (logps, ref, lengths)])
+    close(gw.kto_loss(logps - 5, ref, lengths, beta), 2 - s(-3 * beta) - s(5.5 * beta))       # d = -3, -5.5: the mean is negative
+    leaf = logps.clone().requires_grad_()
+    slope = beta * s(beta * 1.25) * s(-beta * 1.25)
+    close(torch.autograd.grad(gw.kto_loss(leaf, ref, lengths, beta), leaf)[0], float64(-slope, slope)[None])
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_gridworld_rankings_follow_plackett_luce(K):
+    """Of 40,000 rankings of K draws, how often each tuple of returns, best first, occurs: K! P(returns) P(that order), by chi-square.
+    Rejected: worst first; orders by the toss of a coin."""
+    lake = gw.FrozenLake(SMALL)
+    reference = gw.walker_policy(lake)
+    data = gw.ranked_samples(lake, reference, 40_000, np.random.default_rng(0), K)
+    tuples = list(itertools.product((0, 1), repeat=K))
+    counts = [(data["return"] == tuple_).all(1).sum() for tuple_ in tuples]
+    law = gw.return_masses(lake, reference)
+
+    def check(scale):
+        scores = scale * torch.tensor(tuples, dtype=torch.float64)
+        order = torch.exp(-dpo.plackett_luce_loss(scores, 0 * scores, 1.0)).numpy()
+        check_law(counts, [math.factorial(K) * law[list(tuple_)].prod() * p for tuple_, p in zip(tuples, order)])
+    check(1.0)
+    rejects(check, -1.0, 0.0)
+    rows = np.arange(40_000)[:, None] * K                                        # ranking k is of the draws K k, ..., K k + K - 1
+    pool = gw.sample_trajectories(lake, reference, 40_000 * K, np.random.default_rng(0))["return"][rows + np.arange(K)]
+    assert (np.sort(pool) == np.sort(data["return"])).all()
 
 
 def test_gridworld_ppo_stops_and_clips():
@@ -3058,6 +3293,39 @@ def test_gridworld_ift_experiment():
     assert min(result, key=lambda name: mean(name, "trajectory")) == "PPO" and mean("PPO", "trajectory") < 0.01
     order, z = gw.order_of(result, "trajectory")
     assert sorted(order) == sorted(gw.PAPER_ORDER) and len(z) == 3
+
+
+def test_gridworld_ift_guess_by_hand():
+    """A guess is where the greedy action would have led from the cell before, at the start the start itself; 4/5 cell + 1/5 guess."""
+    lake = gw.FrozenLake(SMALL)
+    weights = gw.new_networks(lake, 1, 8, torch.Generator().manual_seed(0))
+    weights[1] = 10 * weights[1]
+    batch = {key: value[None] for key, value in gw.sample_trajectories(lake, gw.uniform_policy(lake), 6, np.random.default_rng(0)).items()}
+
+    def check(shift):
+        total = 0
+        for steps, states in zip(batch["steps"][0], batch["state"][0]):
+            losses, guesses = [], [states[0]]
+            for t in np.flatnonzero(steps < lake.horizon * 9 * 4):
+                look = lambda inputs: gw.network(weights, inputs[None, None])[0, 0]
+                own = gw.network_inputs(lake, states[t], t)
+                guesses.append(lake.intended[states[t], look(own).argmax().item()])
+                losses.append(-look(0.8 * own + 0.2 * gw.network_inputs(lake, guesses[t + shift], t))[steps[t] % 4])
+            c = [sum(0.95 ** (i - t) * losses[i] for i in range(t, len(losses))) for t in range(len(losses))]
+            total = total + sum(a * b for a, b in zip(losses, c)) / sum(c) / 6
+        close(gw.ift_loss(lake, weights, batch, lam=0.2)[0], total)
+    check(0)
+    rejects(check, 1)
+
+
+def test_gridworld_errors_and_orders_by_hand():
+    """Runs 1, 2, 3: mean 2, standard error 1/sqrt(3). DPO .1 better than IFT in each pair of runs but one is z = gap / error, negative
+    where the paper's order holds."""
+    close(gw.mean_and_error(np.array([1.0, 2.0, 3.0])), [2, 1 / math.sqrt(3)])
+    runs = {"DPO": [1, 1, 1], "IFT": [1, 2, 3], "ORPO": [3, 3, 4], "SFT": [2, 2, 2]}
+    order, z = gw.order_of({name: {"mse": np.array(values, float)} for name, values in runs.items()}, "mse")
+    assert order == ["DPO", "IFT", "SFT", "ORPO"]
+    close([z["DPO", "IFT"], z["ORPO", "SFT"]], [-math.sqrt(3), 4], tolerance=1e-9)
 
 
 # --- Failures -----------------------------------------------------------------------------------------------------------
@@ -4484,9 +4752,10 @@ def test_exercise_sequence_logps():
         assert total.requires_grad, "the result carries no gradient"
         for model in models:
             found, expected = logps(model, *ROWS), naive_logps(model, *ROWS)
-            close(found, expected, "log pi(response | prompt) of two rows, with logits of thousands or a model with a memory", 1e-5)
+            close(found / expected, float64(1, 1), "log pi(response | prompt) of two rows, found / expected, "
+                  "with logits of thousands or a model with a memory", 1e-5)
             close(*(torch.autograd.grad(x.sum(), TABLE)[0] for x in (found, expected)), "and its gradient", 1e-5)
-    judge("sequence_logps", check, [(BIGRAM, *ROWS)], {
+    judge("sequence_logps", check, [(models[2], *ROWS)], {
         "there were no next-token shift: logits[:, t] predict token t + 1": lambda *args: naive_logps(*args, shift=False),
         "it averaged instead of summing: log pi(y|x) is a sum over tokens": lambda *args: naive_logps(*args, mean=True),
         "logits were taken for log-probabilities: where is log_softmax?": lambda model, tokens, mask: (
@@ -4505,6 +4774,8 @@ def test_exercise_sft():
             close(found, 12 / 5 * LN2, "nats per response token of two rows", 1e-5)
             assert torch.as_tensor(found).requires_grad, "the loss carries no gradient"
             close(*(torch.autograd.grad(x, TABLE)[0] for x in (found, right(BIGRAM, *ROWS))), "the gradient", 1e-5)
+        large = lambda tokens: 1e3 * TABLE[tokens]
+        close(loss(large, *ROWS) / right(large, *ROWS), float64(1).squeeze(), "with logits of thousands: log_softmax, not log of softmax", 1e-5)
     judge("sft_loss", check, [(BIGRAM, *ROWS)], {
         "each row were averaged alone: all response tokens of the batch weigh the same":
             lambda *args: -naive_logps(*args, mean=True).mean(),
@@ -4538,8 +4809,13 @@ def test_exercise_gradient():
             close(torch.stack(tuple(gradient(*arguments))), torch.stack([expected, -expected]),
                   "two pairs worked by hand: beta 1/2, s(z) 3/4 and 1/4; smoothing 0, then 1/5")
         close(torch.stack(tuple(gradient(*random))), torch.stack(by_autograd(*random)), "the gradient must be autograd's of dpo_loss")
+        def forbidden(*arguments, **options):
+            raise RuntimeError("autograd was called")
         try:
-            with torch.inference_mode():                                         # where autograd has nothing to say
+            with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:  # where autograd has nothing to say
+                for place in (torch.autograd, torch.func):
+                    patch.setattr(place, "grad", forbidden)
+                patch.setattr(torch.func, "vjp", forbidden), patch.setattr(torch.Tensor, "backward", forbidden)
                 gradient(*random)
         except RuntimeError as error:
             raise AssertionError(f"by hand: take the derivative with pen and paper, without autograd ({error})") from None
@@ -4556,8 +4832,11 @@ def test_exercise_gradient():
         "the smoothed term had the wrong sign: it is -e log s(-z) in the loss":
             variant(lambda z, e: -e * z.sigmoid() - (1 - e) * (-z).sigmoid()),
         "both sides were pushed the same way: the rejected's gradient is minus the chosen's": variant(sides=(1, 1))})
-    with pytest.raises(AssertionError, match="by hand"):
-        check(by_autograd)
+    by_func = lambda pc, pr, rc, rr, beta=0.1, label_smoothing=0.0: torch.func.grad(
+        lambda w, l: planted()(w, l, rc, rr, beta, label_smoothing)[0].sum(), (0, 1))(pc, pr)
+    for wrong in (by_autograd, by_func):
+        with pytest.raises(AssertionError, match="by hand"):
+            check(wrong)
 
 
 def test_exercise_reward_model():
@@ -4731,6 +5010,7 @@ def test_exercise_soft_value_iteration():
         close(policy[:, 0], float64(1 / 5, 1 / 5, 2 / 5, 1 / 5, 1 / 6, 1 / 6, 1 / 2, 1 / 6).view(2, 4), "the lake SG, at S")
         close(policy[:, 1], np.full((2, 4), 0.25), "at a terminal state the policy is the reference")
         for case in cases:
+            assert np.isfinite(np.array(solve(*case))).all(), "exp(Q/beta) overflows: take the largest Q out of it first"
             close(np.array(solve(*case)), gw.soft_optimal_policy(lake, *case[3:]), f"slippery ice, beta {case[-1]}", 1e-9)
     judge("soft_value_iteration", check, cases, {why: variant(mistake) for mistake, why in {
         "max": "V were the largest Q: it is beta log sum reference exp(Q/beta)",
