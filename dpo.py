@@ -300,7 +300,7 @@ def take(x, rows):
 
 
 def full(x):
-    """x in float32, or in float64 if it is that: scores, log-probabilities and losses are never in half precision."""
+    """x in float32, or in float64 if it is that: scores, log-probabilities and what LOSSES make of them are never in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -409,8 +409,8 @@ class GPT(nn.Module):
             "tie_word_embeddings": True, **({} if self.score is None else {"num_labels": self.score.out_features})})
 
     def pad_token_id(self):
-        """What transformers shall pad with. EOS; but of a reward model it reads the score at the last token that is no pad, and that
-        is the text's EOS."""
+        """What transformers shall pad with: EOS; for a reward model another id, since transformers reads the score at the last token
+        that is no pad, and that must be the text's EOS."""
         return self.config.eos_token_id if self.score is None else int(self.config.eos_token_id == 0)
 
     @classmethod
@@ -422,7 +422,7 @@ class GPT(nn.Module):
             raise ValueError(f"{directory}: no config.json there; a model is a directory with config.json and model.safetensors")
         config = json.loads((directory / "config.json").read_text())
         usual = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-                 "scale_attn_by_inverse_layer_idx": False, "n_inner": 4 * config.get("n_embd", 0)}
+                 "scale_attn_by_inverse_layer_idx": False, "n_inner": 4 * config["n_embd"] if "n_embd" in config else None}
         for name, value in usual.items():
             if config.get(name) not in (None, value):
                 raise ValueError(f"{directory}: its {name} is {config[name]}, and this GPT-2's is {value}")
@@ -1800,8 +1800,8 @@ def frontier_error(frontier: Frontier, kl: float) -> float:
     falls more slowly, and this says up to a third too little."""
     half = frontier.rewards.shape[1] // 2
     halves = [build_frontier(part) for part in (frontier.rewards[:, :half], frontier.rewards[:, half:])]
-    base, full = frontier.rewards.mean(), frontier.at_kl(kl)
-    return float(abs(full - np.mean([half.at_kl(kl) for half in halves])) / (full - base))
+    limit = frontier.at_kl(kl)
+    return float(abs(limit - np.mean([half.at_kl(kl) for half in halves])) / (limit - frontier.rewards.mean()))
 
 
 def best_of_n(rewards, n: int):
@@ -2346,8 +2346,10 @@ def read_tokenizer(directory, vocab_size: int = 50257) -> tiktoken.Encoding:
         if (model.get("type", "BPE") != "BPE" or cut.get("type") != "ByteLevel" or cut.get("add_prefix_space")
                 or not cut.get("use_regex", True) or saved.get("normalizer")):
             raise ValueError(f"{directory}: its tokenizer.json is not of GPT-2's kind, a byte-level BPE")
-        vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in saved.get("added_tokens", ())}
-        if not all(token.get("special", True) for token in saved.get("added_tokens", ())):
+        letters = byte_letters().values()                                        # a pad may be a byte
+        added = [token for token in saved.get("added_tokens", ()) if token["content"] not in letters]
+        vocabulary, special = model["vocab"], {token["content"]: token["id"] for token in added}
+        if not all(token.get("special", True) for token in added if token["content"] != EOS_TEXT):
             raise ValueError(f"{directory}: its tokenizer has added tokens that are not special, which would be cut as other text is")
         merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in model.get("merges", ())]
         if merged != sorted(merged):                                             # tiktoken merges by id
@@ -2377,7 +2379,7 @@ def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tu
     try:
         model = GPT.from_pretrained(directory, n_outputs)
         tokenizer = read_tokenizer(directory, model.config.vocab_size)
-        has_eos = json.loads((directory / "config.json").read_text()).get("eos_token_id") is not None
+        has_eos = isinstance(json.loads((directory / "config.json").read_text()).get("eos_token_id"), (int, list))
     except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
         reason = str(error).strip().replace("\n", " ")[:300]
         known = reason.startswith(str(directory))
@@ -2472,7 +2474,7 @@ def stage_sft(options, device) -> dict:
         for piece in pieces:
             texts.append(piece), lines.append(line)
     (texts, lines), (rest, rest_lines) = sides if len(sides[0][0]) else sides[::-1]       # a split would leave none to train on
-    report(options.data, n, {f"texts longer than the block, cut, {len(texts) + len(rest)} pieces in all": cut,
+    report(options.data, n, {f"texts longer than the block, cut; {len(texts) + len(rest)} pieces with the uncut ones": cut,
                              "rows held out": len(set(rest_lines)), "duplicates": n - len(seen)})
     train_sft(model, texts, *plan(options, model, tokenizer, lines))
     if not len(rest):
@@ -2539,6 +2541,8 @@ def stage_ppo(options, device) -> dict:
     reference, critic = copy.deepcopy(policy), with_scalar_head(policy)
     room = policy.config.block_size - options.max_new_tokens
     ppo = PPO(options.beta, options.batch_size, options.ppo_epochs, options.minibatch or options.batch_size, options.max_new_tokens)
+    if room < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt in {policy.config.block_size} tokens")
     lines, texts = zip(*read_texts(options.data, "prompt"))
     prompts, train = [encode(tokenizer, text) for text in texts], training_rows([is_held_out(text) for text in texts], options)
     report(options.data, len(prompts), {"prompts cut on the left": sum(len(prompt) > room for prompt in prompts),

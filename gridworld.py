@@ -1163,7 +1163,7 @@ def print_table(lake, best, rows):
               f"{row['objective']:8.4f} {row['success']:8.4f} {row['cells']:5d} {row['seconds']:7.2f}")
     print("own TV: max TV to the optimum a method is known to have (-: none known). cells: those that 1 episode in 100 enters.")
     if not lake.deterministic:
-        print("On slippery ice DPO, cDPO, robust DPO and IPO are the minimum that descent from the reference reaches; others may be\n"
+        print("On slippery ice DPO, cDPO, robust DPO and IPO are at the minimum that descent from the reference reaches; others may be\n"
               "lower. SLiC, RSO, EXO, chi-squared PO, RPO, MinorDPO and Plackett-Luce have no exact minimiser here: like ORPO,\n"
               f"SimPO, KTO and MPO-style they are trained on {PAIRS} sampled pairs, and over-fit them.\n"
               "RSO with a small beta accepts hardly any failures, so its pairs are ties, labelled by the toss of a coin.")
