@@ -299,7 +299,7 @@ def take(x, rows):
     return F.embedding(rows, x)
 
 
-def full(x):
+def at_least_float32(x):
     """x in float32, or in float64 if it is that: scores, log-probabilities and what LOSSES make of them are never in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -390,8 +390,13 @@ class GPT(nn.Module):
             x = F.linear(x, self.wte.weight)
         else:
             with torch.autocast(x.device.type, enabled=False):
-                x = F.linear(full(x), full(self.score.weight))
+                x = F.linear(at_least_float32(x), at_least_float32(self.score.weight))
         return x[:packed.wanted].clone() if packed and len(x) > packed.wanted else x     # no idle rows; FSDP2 warns of views
+
+    def pad_token_id(self):
+        """What transformers shall pad with: EOS; for a reward model another id, since transformers reads the score at the last token
+        that is no pad, and that must be the text's EOS."""
+        return self.config.eos_token_id if self.score is None else int(self.config.eos_token_id == 0)
 
     def save_pretrained(self, directory, tensors=None):
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout, readable by GPT2LMHeadModel (or, with one
@@ -407,11 +412,6 @@ class GPT(nn.Module):
             "bos_token_id": c.eos_token_id, "eos_token_id": c.eos_token_id,
             "pad_token_id": self.pad_token_id(),
             "tie_word_embeddings": True, **({} if self.score is None else {"num_labels": self.score.out_features})})
-
-    def pad_token_id(self):
-        """What transformers shall pad with: EOS; for a reward model another id, since transformers reads the score at the last token
-        that is no pad, and that must be the text's EOS."""
-        return self.config.eos_token_id if self.score is None else int(self.config.eos_token_id == 0)
 
     @classmethod
     def from_pretrained(cls, name_or_dir, n_outputs: int | None = None):
@@ -617,7 +617,7 @@ def token_logps(model, tokens, mask):
     targets = tokens[predicted(mask)]                                                           # (N,)
 
     def target_logps(logits, targets):
-        return -F.cross_entropy(full(logits), targets, reduction="none")
+        return -F.cross_entropy(at_least_float32(logits), targets, reduction="none")
     if logits.numel() <= MANY_LOGITS:
         logps = target_logps(logits, targets)
     else:       # keep no log-softmax of a large vocabulary: the backward pass makes it again from the logits, part by part
@@ -1079,10 +1079,9 @@ def train_sft(model, texts: list, training: Training, run: Run | None = None, **
 
 
 # === 7. Preferences ===================================================================================================
-# On a first reading skip the files, from `chat_template` to `Pairs`.
-#
 # People cannot score a text reliably, but they can say which of two is better. The Bradley-Terry model makes such choices from
 # rewards: a is preferred to b with probability s(r_a - r_b), s(z) = 1 / (1 + e^-z): even odds if equal, 73% at a difference of one.
+# On a first reading skip the files, from `chat_template` to `Pairs`.
 
 
 @dataclass
@@ -1518,8 +1517,8 @@ def by_name(name: str, formula):
         smoothing = hyper.get("label_smoothing", 0.1)                            # where none is given, every loss's own is in range
         if not 0 <= smoothing < 0.5 or name == "exo" and smoothing == 0:
             raise ValueError(f"{name} takes a label_smoothing {'above' if name == 'exo' else 'from'} 0 and below 0.5, not {smoothing}")
-        given = {key: full(value) if key in ("pc", "pr", "rc", "rr") else value for key, value in given.items() if key in takes}
-        return formula(**given, **hyper)
+        logps = {key: at_least_float32(given[key]) for key in ("pc", "pr", "rc", "rr") if key in takes}
+        return formula(**{key: value for key, value in given.items() if key in takes} | logps, **hyper)
     return loss
 
 

@@ -703,18 +703,16 @@ def test_orpo_without_its_odds_term_is_sft():
 
 def test_orpo_keeps_the_digits_of_sure_tokens():
     """At log P = -1e-5, where 1 - P is 1e-5, float32's odds agree with float64's to 1e-5. Rejected: log(1 - P) by log1p(-P)."""
-    logps = float64(-1e-5, -1)[:, None]
-    odds = lambda logp, log_rest: logp - log_rest
-    expected = odds(logps, torch.log(-torch.expm1(logps)))
-    expected = (-logps[0] - F.logsigmoid(expected[0] - expected[1]))
+    logps, length = float64(-1e-5, -1)[:, None], torch.tensor([1])
 
-    def check(loss):
-        close(loss.double() + logps[0], expected + logps[0], tolerance=1e-10)
-    one_token = dict(beta=1.0, chosen_lengths=torch.tensor([1]), rejected_lengths=torch.tensor([1]))
-    check(dpo.LOSSES["orpo"](*logps.float(), **one_token))
+    def odds_term(log_odds):
+        return -F.logsigmoid(log_odds[0] - log_odds[1]).double()
+
+    def check(term):
+        close(term, odds_term(logps - torch.log(-torch.expm1(logps))), tolerance=1e-10)
     single = logps.float()
-    wrong = odds(single, torch.log1p(-single.exp()))
-    rejects(check, -single[0] - F.logsigmoid(wrong[0] - wrong[1]))
+    check(dpo.LOSSES["orpo"](*single, beta=1.0, chosen_lengths=length, rejected_lengths=length).double() + logps[0])
+    rejects(check, odds_term(single - torch.log1p(-single.exp())))
 
 
 # ======================================================================================================================
