@@ -1030,7 +1030,7 @@ def test_kv_cache_equals_full_forward():
     config = model.config
 
     def check(position):
-        cache = torch.zeros(config.n_layer, 2, 3, 9, config.n_head, config.n_embd // config.n_head)
+        cache = torch.zeros(config.n_layer, 2, 9, 3, config.n_head, config.n_embd // config.n_head)
         pieces = [model(tokens[:, :4], cache=cache)] + [model(tokens[:, t:t + 1], cache=cache, start=position(t)) for t in range(4, 9)]
         close(torch.cat(pieces, 1), model(tokens), tolerance=1e-5)
     check(lambda t: t)
@@ -2175,9 +2175,9 @@ def tiny_ppo(policy, reference, beta, group=0):
     torch.manual_seed(0)
     index = {tuple(completion): i for i, completion in enumerate(TINY_COMPLETIONS)}
     reward = lambda prompts, completions: TINY_REWARD[[index[tuple(c)] for c in completions]]
-    settings = dpo.PPO(beta=beta, rollout=256, minibatch=256, max_new_tokens=2, group=group)
+    settings = dpo.PPO(beta=beta, rollout=256, minibatch=256, epochs=2, max_new_tokens=2, group=group)
     critic = None if group else tiny_gpt(4, n_outputs=1)
-    dpo.train_ppo(policy, critic, reference, [[0]], reward, settings, Training(240, 1e-2), quiet=True)
+    dpo.train_ppo(policy, critic, reference, [[0]], reward, settings, Training(120, 1e-2), quiet=True)
 
 
 def tiny_grpo(policy, reference, beta):
