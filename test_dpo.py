@@ -2887,7 +2887,7 @@ def test_gridworld_slippery_dpo_misses_the_optimum():
         assert abs(gw.expected_return(lake, optimum) - success) < 1e-3 and abs(gw.expected_return(lake, policy) - dpo) < 1e-3
         row = gw.score(lake, policy, reference, 0.1, optimum)
         assert row["objective"] < gw.score(lake, optimum, reference, 0.1, optimum)["objective"] - 1e-5
-    lake = gw.FrozenLake(["SF", "HG"], 0.2, 3)
+    lake = gw.FrozenLake(["SF", "HG"], 0.2, 2)
     reference = random_policy(lake, 11, 0.5)
     tau = gw.enumerate_trajectories(lake, reference)
     wins = gw.bradley_terry(tau)
