@@ -761,10 +761,11 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
     # column by column: a step writes one stretch of memory, and columns that no row reaches are never touched
     cache = torch.empty(config.n_layer, 2, T, B, config.n_head, config.n_embd // config.n_head, device=device,
                         dtype=model.wte.weight.dtype)
-    t, number = int(lengths.min()), {}
+    t = int(lengths.min())
     # rows that begin alike, as samples of one prompt do, are read once: with eight of each, sampling takes 9% less time
-    which = torch.tensor([number.setdefault(tuple(prompt[:t]), len(number)) for prompt in prompts], device=device)         # (B,)
-    beginnings = torch.tensor(list(number), dtype=torch.long, device=device)                                              # (U, t)
+    place = {beginning: i for i, beginning in enumerate(sorted({tuple(prompt[:t]) for prompt in prompts}))}
+    which = torch.tensor([place[tuple(prompt[:t])] for prompt in prompts], device=device)       # (B,)
+    beginnings = torch.tensor(list(place), dtype=torch.long, device=device)                     # (U, t)
     last = (torch.arange(t, device=device) == t - 1).expand_as(beginnings)
     logits = model(beginnings, keep=last, cache=cache[:, :, :, :len(beginnings)])[which]        # of the last column, (B, V)
     for layer in cache:                                                                         # by layer, to hold little twice
