@@ -4115,13 +4115,14 @@ def test_data_is_counted(world, tmp_path, capsys):
 
 
 def test_both_sides_follow_the_same_prompt(tokenizer):
-    """A prompt cut to the room that the *longer* completion leaves, for both: else Z(x) would not cancel. Rejected: each its own room."""
+    """A prompt cut to the room that the *longer* completion leaves, for both: else Z(x) would not cancel. So a completion that was in an
+    earlier pair, beside a shorter one, is another row here. Rejected: each its own room."""
     prompt, short, long = "the plot was good. " * 9, " a.", " the cast was bad. the music was dull."
-    pairs = dpo.encode_pairs(tokenizer, [dpo.Preference(prompt, short, long)], 48)
+    pairs = dpo.encode_pairs(tokenizer, [dpo.Preference(prompt, short, short), dpo.Preference(prompt, short, long)], 48)
 
     def check(rooms):
         cut = [dpo.encode(tokenizer, prompt)[-room:] for room in rooms]
-        assert [pairs.prompts[row].tolist() for row in (pairs.chosen[0], pairs.rejected[0])] == cut
+        assert [pairs.prompts[row].tolist() for row in (pairs.chosen[1], pairs.rejected[1])] == cut
     room, wide = (48 - 1 - len(dpo.encode(tokenizer, text)) for text in (long, short))
     check((room, room))
     rejects(check, (wide, room))
