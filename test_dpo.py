@@ -1222,7 +1222,7 @@ def test_greedy_batch_equals_one_at_a_time():
 
 def test_equal_beginnings_are_read_once(monkeypatch):
     """Of six prompts with three beginnings of two tokens the model reads three rows, then goes on with all six; four end first. Each
-    completes as alone. Rejected: completions in the order of the distinct beginnings."""
+    completes as alone; tensors will do for lists. Rejected: completions in the order of the distinct beginnings."""
     model, prompts, read = tiny_gpt(seed=11), [[7, 3], [2, 5, 1], [7, 3], [2, 5], [2, 4], [2, 5, 1]], []
     alone = [generate(model, [prompt], 4, temperature=0, stop_at_eos=False)[0] for prompt in prompts]
     forward = GPT.forward
@@ -1233,6 +1233,7 @@ def test_equal_beginnings_are_read_once(monkeypatch):
     def check(completions):
         assert completions == alone
     check(together)
+    check(generate(model, [torch.tensor(prompt) for prompt in prompts], 4, temperature=0, stop_at_eos=False))
     rejects(check, [alone[i] for i in (4, 1, 5, 3, 0, 2)])
 
 
