@@ -1568,8 +1568,9 @@ def score_completions(reward_model, prompts: list, completions: list, **options)
 
 # PPO. The policy's move is the next token, its state the text so far. The return from a token on is the sum of the rewards from there
 # on; a critic V is fitted to predict it, and a token's advantage A is how much better things went than V predicted. Why that helps:
-# grad pi = pi grad log pi, so the gradient of E_pi[return] is E_pi[ sum_t return_t grad log pi(y_t) ]; and E_pi[grad log pi(y_t)] = 0,
-# so V may be taken off: less noise, the same mean. A token that went better than predicted becomes likelier.
+# grad pi = pi grad log pi, so the gradient of E_pi[R], R the sum of all rewards, is E_pi[ sum_t R grad log pi(y_t) ]. Given the text
+# before y_t, grad log pi(y_t) has mean 0: so what that text settles may be taken off, the rewards already paid and V (and the gradient
+# of the KL's own log pi is 0): less noise, the same mean. A token that went better than predicted becomes likelier.
 # A rollout is a batch of completions, sampled by pi_old, the policy as it was then. At pi = pi_old the gradient of (pi/pi_old) A is that
 # of the line above, and clipping the ratio pi/pi_old near 1 lets one rollout serve several steps. The numbers return in the code below:
 #   1. sample completions from the policy at temperature 1: no top-k, or stored and new log-probs would speak of different policies;
