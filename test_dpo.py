@@ -2719,7 +2719,7 @@ def test_gridworld_population_dpo_reaches_the_optimum(rows, horizon, beta):
         assert np.allclose(policy.sum(-1), 1, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss, hyper", [("dpo", {}), ("cdpo", {}), ("ipo", {}), ("robust", {}),
+@pytest.mark.parametrize("loss, hyper", [("dpo", {}), ("cdpo", {}), ("ipo", {}), pytest.param("robust", {}, marks=pytest.mark.slow),
                                          ("cdpo", {"label_smoothing": 0.2})])
 def test_gridworld_return_law_is_the_minimiser_over_policies(loss, hyper):
     """The bisection over laws exp(u(R)), L-BFGS over policies with the cosine series, and L-BFGS over policies with all pairs
@@ -2912,6 +2912,7 @@ def test_gridworld_takes_float32_probabilities():
     rejects(check, reference * (1 + 1e-5))
 
 
+@pytest.mark.slow
 def test_gridworld_descent_leaves_saddles(monkeypatch):
     """Where the ice has put the goal out of reach, the slope of the slippery loss is zero at the reference, and at beta .05 its curvature
     is negative: descent from a point within 1/1000 of the answer must not end lower. Rejected: descent from the reference
@@ -2933,6 +2934,7 @@ def test_gridworld_descent_leaves_saddles(monkeypatch):
     rejects(check, minimise(objective, torch.zeros_like(answer)))
 
 
+@pytest.mark.slow
 def test_gridworld_slippery_objective_has_other_minima():
     """On slippery ice the infinite-data loss is not convex in the policy: at beta .1, where success is common, starts away from
     the reference end at another minimum, of lower loss and no better worth. (The two differ in cells from which the goal is out
@@ -3135,7 +3137,7 @@ def test_gridworld_best_of_n():
     assert abs(gw.expected_return(lake, own) - best) < 1e-12 and abs(best - w @ R) > 0.05
     assert abs(gw.expected_return(lake, sampled) - best) < 0.01
     for N in (2, 4, 16):
-        own = gw.best_of_n(N)(lake, reference, 0.1, np.random.default_rng(0))[1]
+        own = gw.best_of_n(N, n=1)(lake, reference, 0.1, np.random.default_rng(0))[1]
         assert 0 < gw.kl_divergence(lake, own, reference) <= math.log(N) - (N - 1) / N
 
 
