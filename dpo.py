@@ -24,13 +24,13 @@ is there for speed or for files. This page is section 1.
 
     paper                             here
     x, y, y_w, y_l                    prompt, completion, chosen, rejected
-    pi_theta, pi_ref                  policy (or model), which is trained; reference: a frozen copy of the SFT model, where it starts
+    pi_theta, pi_ref                  policy (or model), which is trained; reference: a frozen copy of the SFT model, from which pi starts
     log pi(y|x)                       sequence_logps: the sum over the completion's tokens, the end-of-sequence token EOS included
     r(x,y)                            gold_reward (the truth), reward_scores (learnt)
     r^ = beta log(pi/pi_ref)          chosen_rewards, rejected_rewards of dpo_loss
     KL(pi || pi_ref)                  kl: how far pi departs from pi_ref, E_pi[log(pi/pi_ref)], in nats (natural logarithms)
     beta                              beta: the price of a nat of KL, in units of reward
-    sigma, s(z)                       F.logsigmoid is its log
+    sigma, s(z)                       the logistic function, 1 / (1 + e^-z); F.logsigmoid is its log
     pi* = pi_ref e^{r/beta} / Z       analytic_limit
 """
 
@@ -99,15 +99,15 @@ SHARED_CLOSINGS = {"highly recommended": 3.0, "i loved it": 2.0, "what a treat":
 DOMAIN_CLOSINGS = {"film": {"worth every minute": 3.0, "go and see it twice": 2.0, "we left early": -2.0, "a waste of time": -3.0},
                    "meal": {"worth every bite": 3.0, "we will come back soon": 2.0, "we went home hungry": -2.0,
                             "a waste of good food": -3.0}}
-# mood: -1 bad, 0 mixed, 1 good. It makes an opinion e^(1.25 * mood * value) times as frequent; this number and all odds are free choices
+# the values of opinions and closing remarks by domain, and how often each word occurs; all odds here are free choices
 OPINIONS = {domain: {word: value for bank in (SHARED_OPINIONS, own) for value, words in bank.items() for word in words.split()}
             for domain, own in DOMAIN_OPINIONS.items()}                          # domain -> word -> value
 CLOSINGS = {domain: {**SHARED_CLOSINGS, **own} for domain, own in DOMAIN_CLOSINGS.items()}
 BY_RANK = [1 / (1 + rank) ** 1.3 for rank in range(30)]      # Zipf's law: the k-th word of a list is k^-1.3 as common as its first
 FREQUENCY = {word: frequency for banks in (SHARED_OPINIONS, *DOMAIN_OPINIONS.values()) for words in banks.values()
              for word, frequency in zip(words.split(), BY_RANK)}
-WEIGHTS = {(domain, mood): [FREQUENCY[word] * math.exp(1.25 * mood * value) for word, value in opinions.items()]
-           for domain, opinions in OPINIONS.items() for mood in (-1, 0, 1)}      # how likely each opinion is in a mood, up to a factor
+WEIGHTS = {(domain, mood): [FREQUENCY[word] * math.exp(1.25 * mood * value) for word, value in opinions.items()]     # up to a factor
+           for domain, opinions in OPINIONS.items() for mood in (-1, 0, 1)}      # bad, mixed, good: it favours opinions of its sign
 
 
 def sample_review(rng: random.Random, domain: str = "film") -> str:
@@ -117,7 +117,7 @@ def sample_review(rng: random.Random, domain: str = "film") -> str:
 
     def clause(mood):
         negation = rng.choices(["", *NEGATIONS], (15, 3, 1, 1))[0]
-        opinion = rng.choices(list(OPINIONS[domain]), WEIGHTS[domain, -mood if negation else mood])[0]
+        opinion = rng.choices(list(OPINIONS[domain]), WEIGHTS[domain, -mood if negation else mood])[0]    # "not bad" is good
         intensifier = zipf(list(INTENSIFIERS)) if rng.random() < 0.4 else ""
         return " ".join(word for word in ("the", zipf(ASPECTS[domain]), zipf(VERBS), negation, intensifier, opinion) if word)
 
@@ -185,8 +185,8 @@ def cut_review(rng: random.Random, review: str) -> tuple[str, str]:
 
 
 def is_held_out(prompt: str) -> bool:
-    """One prompt in ten is kept for evaluation, by a hash of its text: the same text is always on the same side. These are used neither
-    for preferences nor by PPO. The SFT corpus is not split, so SFT may have seen them."""
+    """One prompt in ten is kept for evaluation, by a hash of its text: the same text is always on the same side. Held-out prompts serve
+    neither for preferences nor for PPO; the SFT corpus is not split, so SFT may have seen them."""
     return zlib.crc32(prompt.encode()) % 10 == 0
 
 
@@ -286,8 +286,8 @@ def attention(q, k, v, dropout: float = 0.0):
         return torch.cat([newest_attention(*rows) for rows in zip(q.split(few), k.split(few), v.split(few))])
     if T == 1 or T > 256 or q.device.type != "cpu":                              # PyTorch's own kernel
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
-    # few tokens on a CPU: a DPO step of 48 tokens takes 7% less time than with that kernel where MKL multiplies, 60% where oneDNN does
-    # (`onednn_products`, section 5); one of 200 tokens, in GPT-2's size, 0% and 25%
+    # few tokens on a CPU: a DPO step of 48 takes less time than with that kernel, 7% if MKL multiplies matrices, 60% if oneDNN does
+    # (`onednn_products`, section 5); one of 200, in GPT-2's size, 0% and 25%
     q, k, v = (x.reshape(-1, T, size) for x in (q, k, v))
     future = q.new_full((T, T), -math.inf).triu(1)                               # what a token must not see; added to its scores
     weights = F.dropout(torch.baddbmm(future, q, k.mT, alpha=size ** -0.5).softmax(-1), dropout)
@@ -328,7 +328,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2's architecture. With n_outputs, a linear head of that width replaces the language-model head:
-    one output makes it a reward model or a critic."""
+    one output makes it a reward model or a critic. On a first reading leave it at `pad_token_id`: files follow, then speed."""
 
     def __init__(self, config: GPTConfig, n_outputs: int | None = None):
         super().__init__()
@@ -366,7 +366,7 @@ class GPT(nn.Module):
         if packed:
             tokens, positions = tokens.flatten()[packed.cells], positions.flatten()[packed.cells]
         dropout = self.config.dropout if self.training else 0.0
-        caches = (cache[layer] for layer in range(self.config.n_layer))          # each layer takes the next one
+        caches = (cache[layer] for layer in range(self.config.n_layer))          # lazy: each `in_rows` takes its layer's, if any
 
         def in_rows(qkv):                                                        # attention: (b, t, 3C) -> (b, t, C)
             q, k, v = qkv.view(*qkv.shape[:2], 3, self.config.n_head, -1).unbind(2)             # (b, t, nh, hs) each
@@ -383,7 +383,7 @@ class GPT(nn.Module):
         x = F.dropout(embeddings + self.wpe(positions), dropout, self.training)
         for block in self.h[:-1]:
             x = block(x, attend)
-        x = self.ln_f(self.h[-1](x, attend, packed and packed.kept))             # no later layer asks for what is not kept
+        x = self.ln_f(self.h[-1](x, attend, packed.kept if packed else None))    # the last layer: only what is kept
         if keep is not None:
             x = take(x, packed.copies) if packed else x[keep]
         if self.score is None:
@@ -750,11 +750,11 @@ def similar_lengths(lengths: list, batch_size: int, cells: int, more: int) -> li
 
 
 def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_at_eos):
-    """All rows are left-aligned and advance together: first the columns that all prompts fill, then one column a step. While a
-    row's prompt lasts, its next token is given, not sampled: so prompts of different lengths need neither left padding nor an
-    attention mask."""
+    """Rows start at column 0 and advance together, one column a step. While a row's prompt lasts, its next token is given, not sampled:
+    so prompts of different lengths need neither left padding nor an attention mask. For speed only, so to be skipped at first: `cache`,
+    `beginnings` (the columns that all prompts fill, read at once), and dropping finished rows."""
     config, device, B = model.config, next(model.parameters()).device, len(prompts)
-    tokens, known = (F.pad(x, (0, max_new_tokens)) for x in pad([[]] * B, prompts, device))     # (B, T); known: given by the prompt
+    tokens, known = (F.pad(x, (0, max_new_tokens)) for x in pad([[]] * B, prompts, device))     # (B, T); the mask marks prompts here
     lengths, T = known.sum(1), tokens.shape[1]
     ends = lengths + max_new_tokens                                                             # where each row will end
     rows = torch.arange(B, device=device)                                                       # the rows still running
@@ -815,7 +815,7 @@ def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 # === 6. Training: one loop for every stage; supervised fine-tuning ====================================================
 # An algorithm is a loss of (model, batch); everything else about training is here, once. On a first reading skip `Run`, which keeps
-# checkpoints, and go to `fit`.
+# checkpoints, and, after `fit`, go on at `shuffled`.
 
 
 @dataclass
@@ -1086,7 +1086,7 @@ def train_sft(model, texts: list, training: Training, run: Run | None = None, **
 # === 7. Preferences ===================================================================================================
 # People cannot score a text reliably, but they can say which of two is better. The Bradley-Terry model makes such choices from
 # rewards: a is preferred to b with probability s(r_a - r_b), s(z) = 1 / (1 + e^-z): even odds if equal, 73% at a difference of one.
-# On a first reading skip the files, from `chat_template` to `Pairs`.
+# On a first reading skip the files: `chat_template` to `Rows`, and `encode_pairs`.
 
 
 @dataclass
@@ -1326,20 +1326,20 @@ def pair_batches(pairs: Pairs, rows, training: Training, device) -> list[dict]:
 # (4) Preferences see only differences of reward, by the Bradley-Terry model:
 #         p(y_w > y_l | x) = s( r(x,y_w) - r(x,y_l) ).
 #     Put (3) in: beta log Z(x) is in both rewards and cancels [Eq 6].            [test_partition_function_cancels]
-#     By the same token, adding any f(x) to r changes neither p nor pi* [Lemmas 1, 2].               [test_reward_shift]
+#     Likewise, adding any f(x) to r changes neither p nor pi* [Lemmas 1, 2].                        [test_reward_shift]
 #
 # (5) Maximum likelihood of the labels, with the policy as the only unknown [Eq 7]. Let
 #         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   h = d_w - d_l:
 #         L_DPO = -E[ log s( beta h ) ]                                        [test_loss_is_the_bradley_terry_likelihood]
 #     Why may pi stand for pi*? Put r = beta log(pi/pi_ref) into (2): Z is 1 and pi* is pi. So every policy is the optimum for
-#     a reward of its own, and fitting pi fits a reward [Theorem 1]. With infinitely many labels of every pair the loss is
-#     least where s(beta h) = s(r_w - r_l), and that is the pi* of (2), if the network can express it. If no chain of pairs links two
-#     completions, the loss leaves the ratio of their probabilities free.
+#     a reward of its own, and fitting pi fits a reward [Theorem 1]. Of infinitely many labels of a pair (a, b), a wins the share
+#     p = s(r_a - r_b). With z = beta (d_a - d_b) their mean loss is -p log s(z) - (1-p) log s(-z), least where s(z) = p: for all pairs
+#     that is the pi* of (2), if the network can express it. If no chain of pairs links two completions, their ratio is left free.
 #     At the start pi = pi_ref, so h = 0 and the loss is log 2 = 0.6931 whatever the data.   [test_loss_starts_at_log_2]
 #
-# The gradient, by hand. Let z = beta h. Since d/dz log s(z) = 1 - s(z) = s(-z), and dz = beta dh, the chain rule gives
+# The gradient, by hand. Let r^ = beta log(pi/pi_ref), z = beta h = r^_w - r^_l. As d/dz log s(z) = 1 - s(z) = s(-z), the chain rule gives
 #
-# (6)     grad L = -beta  s(r^_l - r^_w)  ( grad log pi(y_w|x)  -  grad log pi(y_l|x) ),     r^ = beta log(pi/pi_ref)
+# (6)     grad L = -beta  s(r^_l - r^_w)  ( grad log pi(y_w|x)  -  grad log pi(y_l|x) )         of one pair
 #                        \___________/      \________________/      \________________/
 #                        how wrong the      make the chosen         make the rejected
 #                        ranking still is   likelier                unlikelier           [test_loss_gradient_by_hand]
@@ -1423,7 +1423,7 @@ def _exo(pc, pr, rc, rr, beta, label_smoothing=1e-3):
 
 
 def _chipo(pc, pr, rc, rr, beta, r_max=10.0):
-    # -log s( clip_{+-2R}[ beta phi(e^{d_w}) - beta phi(e^{d_l}) ] ),  phi(z) = z + log z          [2407.13399]
+    # -log s( clip_{+-2R}[ beta (phi(e^{d_w}) - phi(e^{d_l})) ] ),  phi(z) = z + log z,  R = r_max;  beta: of KL + chi^2/2  [2407.13399]
     # above e^40 both exponentials are scaled down, or float32 would overflow: the clip leaves little more than the sign there
     d_w, d_l = pc - rc, pr - rr
     far = F.relu(torch.maximum(d_w, d_l) - 40).detach()
@@ -1521,7 +1521,7 @@ def by_name(name: str, formula):
             raise ValueError(f"{name} needs chosen_lengths and rejected_lengths")
         if "rc" in takes and (reference_chosen_logps is None or reference_rejected_logps is None):
             raise ValueError(f"{name} needs reference_chosen_logps and reference_rejected_logps")
-        smoothing = hyper.get("label_smoothing", 0.1)                            # where none is given, every loss's own is in range
+        smoothing = hyper.get("label_smoothing", 0.1)                            # 0.1 stands for any default, which needs no check
         if not 0 <= smoothing < 0.5 or name == "exo" and smoothing == 0:
             raise ValueError(f"{name} takes a label_smoothing {'above' if name == 'exo' else 'from'} 0 and below 0.5, not {smoothing}")
         logps = {key: at_least_float32(given[key]) for key in ("pc", "pr", "rc", "rr") if key in takes}
@@ -1533,8 +1533,8 @@ LOSSES = {name: by_name(name, formula) for name, formula in FORMULAS.items()}
 
 
 # === 10. The baseline: RLHF with a reward model and PPO ===============================================================
-# What DPO does without: first a reward model by maximum likelihood of the labels, then reinforcement learning of
-# objective (1) against it. The two losses side by side: DPO's is -log s of beta times a difference of log-ratios, the reward
+# What DPO avoids: first fit a reward model to the labels by maximum likelihood, then maximise objective (1) with it by
+# reinforcement learning. The two losses side by side: DPO's is -log s of beta times a difference of log-ratios, the reward
 # model's is -log s of a difference of scores. It is the same regression; only the fitted function differs.
 
 
@@ -1568,17 +1568,17 @@ def score_completions(reward_model, prompts: list, completions: list, **options)
 
 
 # PPO. The policy's move is the next token, its state the text so far. The return from a token on is the sum of the rewards from there
-# on; a critic V is fitted to predict it, and a token's advantage A is how much better things went than V predicted. Why that helps:
+# on; a critic V is fitted to predict it, and a token's advantage A is the return minus V: how much better things went. Why that helps:
 # grad pi = pi grad log pi, so the gradient of E_pi[R], R the sum of all rewards, is E_pi[ sum_t R grad log pi(y_t) ]. Given the text
-# before y_t, grad log pi(y_t) has mean 0: so what that text settles may be taken off, the rewards already paid and V: less noise, the
-# same mean. (So, too, the log pi in the KL adds no gradient of its own.) A token that went better than predicted becomes likelier.
-# A rollout is a batch of completions, sampled by pi_old, the policy as it was then. At pi = pi_old the gradient of (pi/pi_old) A is that
-# of the line above, and clipping the ratio pi/pi_old near 1 lets one rollout serve several steps. The numbers return in the code below:
+# before y_t, grad log pi(y_t) has mean 0, as probabilities sum to 1: so what that text settles, the rewards already paid and V, may be
+# taken off R. This leaves E_pi[ sum_t A_t grad log pi(y_t) ]: the same mean, less noise. (So, too, the log pi in the KL adds no
+# gradient of its own.) A rollout is a batch of completions, sampled by pi_old, the policy as it was then. At pi = pi_old the gradient of
+# (pi/pi_old) A is A grad log pi; clipping the ratio near 1 lets one rollout serve several steps. The numbers return in the code below:
 #   1. sample completions from the policy at temperature 1: no top-k, or stored and new log-probs would speak of different policies;
 #   2. score them: r(x,y) at the last token; a completion without EOS scores `missing_eos` at most;
-#   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). Summed with the score, they average to (1);
-#   4. advantages by generalised advantage estimation (GAE), returns = advantages + values, and only then whiten the advantages
-#      (mean 0, standard deviation 1);
+#   3. charge the KL token by token: r_t = -beta (log pi(y_t) - log pi_ref(y_t)). Score plus the sum of the r_t has (1) as its mean;
+#   4. advantages by generalised advantage estimation (GAE); returns = advantages + values, which is the sum above at lam = 1, else an
+#      estimate of it with less noise; only then whiten the advantages (mean 0, standard deviation 1);
 #   5. a few epochs of clipped steps on the batch;
 #   6. with an adaptive KL, adjust beta towards the target.
 
@@ -1665,7 +1665,7 @@ def kl_estimates(policy_logps, reference_logps):
     """Two estimates per sample y ~ pi of KL(pi || pi_ref), from lr = log pi(y) - log pi_ref(y): both are unbiased.
 
     k1 = lr may be negative; k3 = e^-lr - 1 + lr never is. Near the reference k3 varies less, far from it much more. Beware: with
-    the sign of lr reversed, k3's mean is another divergence. PPO logs k1, and section 11 reports it.
+    the sign of lr reversed, k3's mean is another divergence. PPO and section 11 compute k1 where they need it.
     Source: J. Schulman, "Approximating KL divergence", 2020.
     """
     lr = policy_logps - reference_logps
@@ -1751,12 +1751,12 @@ def train_ppo(policy, critic, reference, prompts: list, reward, ppo: PPO, traini
 
 # === 11. Evaluation: what is the best that any method could do, and how near does each come? ==========================
 # (2) gives the best policy at every beta, pi* = pi_ref e^{r/beta} / Z. To sample from it is expensive, but its reward and KL can be
-# estimated without training anything, by weighting K samples of the reference per prompt (importance sampling):
-#     E_{pi*}[r]          = sum_k softmax(r/beta)_k r_k
-#     KL(pi* || pi_ref)   = E_{pi*}[r]/beta - log mean_k e^{r_k/beta}                               [test_analytic_limit]
-# Each beta gives one point; together they trace the analytic limit: at a point's KL, no policy has more reward (beta is the
-# Lagrange multiplier of the constraint on the KL, one for all prompts). From K samples it comes out low, by a fraction that falls as
-# 1/K, far from the reference more slowly.
+# estimated from K samples of the reference per prompt, each weighted by pi*/pi_ref = e^{r/beta} / Z (importance sampling):
+#     Z                   ~  mean_k e^{r_k/beta}
+#     E_{pi*}[r]          ~  sum_k softmax(r/beta)_k r_k
+#     KL(pi* || pi_ref)   =  E_{pi*}[r]/beta - log Z                                                [test_analytic_limit]
+# Each beta gives one point of the analytic limit: at its KL (the mean over prompts) no policy has more reward, or it would beat pi* in
+# (1). From K samples the limit comes out low, by a fraction that falls as 1/K, far from the reference more slowly.
 
 
 @dataclass
@@ -1802,9 +1802,9 @@ def build_frontier(rewards) -> Frontier:
 
 
 def frontier_error(frontier: Frontier, kl: float) -> float:
-    """Relative bias of the limit's gain at this KL, from its own samples: where it falls as 1/K, the curves of the two halves of each
-    prompt's K samples have twice the whole's, so |whole - mean of halves| is the bias that is left; their noise cancels. At 3 nats it
-    falls more slowly, and this says up to a third too little."""
+    """Relative bias of the limit's gain at this KL, from its own samples. A bias that falls as 1/K is twice as large for half of each
+    prompt's K samples, so |whole - mean of the two halves| is the whole's bias, without their noise. At 3 nats it falls more slowly,
+    and this says up to a third too little."""
     half = frontier.rewards.shape[1] // 2
     halves = [build_frontier(part) for part in (frontier.rewards[:, :half], frontier.rewards[:, half:])]
     limit = frontier.at_kl(kl)
@@ -2209,8 +2209,8 @@ def over_seeds(methods: dict) -> dict:
 
 
 def limit_points(*frontiers: Frontier) -> list[dict]:
-    """The limit curve, averaged over seeds; se: the standard error over prompts of its gain over the reference at this KL. A prompt with
-    more KL has more reward, by beta a nat, the slope of the curve; this is no error of the curve, so beta times its KL is taken off."""
+    """The limit curve, averaged over seeds; se: the standard error over prompts of its gain at this KL. A prompt with more KL has more
+    reward, beta for each nat (the curve's slope): that moves it along the curve, not off it, so beta times its KL is taken off first."""
     curves = [(f.betas, f.kl.mean(0), f.reward.mean(0), np.apply_along_axis(
         standard_error, 0, f.reward - f.betas * f.kl - f.rewards.mean(1, keepdims=True)) / math.sqrt(len(frontiers))) for f in frontiers]
     return [dict(zip(("beta", "kl", "reward", "se"), point)) for point in np.mean(curves, 0).T.tolist()]
@@ -2314,7 +2314,7 @@ def plot_training(histories: dict, path: Path, note=""):
     figure.savefig(path)
 
 
-# ---- The stages on your own data and models --------------------------------------------------------------------------
+# ---- The stages on your own data and models: files and the command line, to be skipped on a first reading ------------
 
 LEARNING_RATES = {"sft": 3e-3, "dpo": 5e-4, "rm": 1e-3, "ppo": 5e-4}             # at width 128; times (128 / width)^2 above
 OURS = {"checkpoint.pt", "metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
