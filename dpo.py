@@ -854,7 +854,7 @@ class Run:
             saved = {name: saved[name] for name in ("model", "optimizer", "schedule", "step", "generators", "memory")}
         except Exception as error:                                               # zip, pickle, missing keys: each its own kind
             raise ValueError(f"{path}: not a checkpoint of this program, or cut short ({type(error).__name__})") from None
-        for name in sorted(self.settings.keys() | settings.keys()):
+        for name in sorted(self.settings.keys() | settings.keys(), key=lambda name: (name != "stage", name)):
             if settings.get(name) != self.settings.get(name):
                 raise ValueError(f"{path}: made with {name} = {settings.get(name)}, not {self.settings.get(name)}; "
                                  f"--resume goes on with the same data and settings only")
@@ -1189,7 +1189,7 @@ def text_field(record: dict, name: str, where: str) -> str:
     if isinstance(value, list) and value and all(map(is_message, value)):
         value = chat_template(value) if any(message["content"].strip() for message in value) else ""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: field {name!r} must be a string or a list of {{\"role\", \"content\"}} messages")
+        raise ValueError(f"{where}: field {name!r} must be a string or a list of {{\"role\", \"content\"}} messages, both of them strings")
     if not value.strip():
         raise ValueError(f"{where}: field {name!r} is empty or blank")
     try:
@@ -1365,9 +1365,9 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     reference is frozen: pass its log-probabilities without gradient.
     Source: arXiv 2305.18290, Eq 7.
     """
-    chosen_logratios = policy_chosen_logps - reference_chosen_logps          # d_w
-    rejected_logratios = policy_rejected_logps - reference_rejected_logps    # d_l
-    z = beta * (chosen_logratios - rejected_logratios)                       # beta h
+    chosen_logratios = at_least_float32(policy_chosen_logps) - reference_chosen_logps            # d_w
+    rejected_logratios = at_least_float32(policy_rejected_logps) - reference_rejected_logps      # d_l
+    z = beta * (chosen_logratios - rejected_logratios)                                           # beta h
     # logsigmoid, never log(sigmoid): at z = -200 the sigmoid is 0 in float32 and its log -inf
     losses = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
@@ -1478,7 +1478,7 @@ def plackett_luce_loss(policy_logps, reference_logps, beta):
     The model picks the best of K with probability softmax(r), then the best of the remaining K-1, and so on:
     -sum_k log( exp(b_k) / sum_{j>=k} exp(b_j) ),  b = beta log(pi/pi_ref).  Source: arXiv 2305.18290, App A.3.
     """
-    rewards = beta * (policy_logps - reference_logps)                        # b (B,K)
+    rewards = beta * (at_least_float32(policy_logps) - reference_logps)      # b (B,K)
     return sum(rewards[:, k:].logsumexp(-1) - rewards[:, k] for k in range(rewards.shape[1]))
 
 
@@ -2391,7 +2391,7 @@ def open_model(name: str, device, n_outputs=None, like=None, scores=False) -> tu
     except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
         reason = str(error).strip().replace("\n", " ")[:300]
         known = reason.startswith(str(directory))
-        raise ValueError(reason if known else f"{directory}: not a model that can be read: {reason}") from None
+        raise ValueError(reason if known else f"{directory}: not a model that can be read: {type(error).__name__}, {reason}") from None
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"{directory}: its tokenizer has {tokenizer.n_vocab} tokens, its model {model.config.vocab_size}")
     if has_eos and tokenizer.eot_token != model.config.eos_token_id < model.config.vocab_size:
@@ -2593,7 +2593,7 @@ def stage_eval(options, device) -> dict:
 def stage_sample(options, device) -> dict:
     """`sample`: print completions of each --prompt by each --init, side by side."""
     models = [open_model(name, device) for name in options.init]
-    reference, tokenizer = open_model(options.reference, device) if options.reference else models[0]
+    reference, tokenizer = open_model(options.reference, device, like=models[0]) if options.reference else models[0]
     texts, rows = [text for text in options.prompt for _ in range(options.n)], []
     for name, (model, own) in zip(options.init, models):
         torch.manual_seed(options.seed)

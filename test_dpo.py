@@ -3688,6 +3688,7 @@ def test_checkpoints_that_are_refused(world, tmp_path, capfd):
         said = capfd.readouterr().err
         assert complaint in said and said.count("\n") == 1 and before == {path: digest(path) for path in out.iterdir()}
     assert not (tmp_path / "executed").exists()
+    assert run(*command(world, "rm", "--out", out, "--resume")) == 2 and "made with stage = dpo, not rm" in capfd.readouterr().err
     log = (out / "metrics.jsonl").read_text()
     (out / "metrics.jsonl").write_text(log.replace("{", "{{", 1))
     capfd.readouterr()
@@ -4344,6 +4345,8 @@ def test_sample_keeps_the_prompt(world, tmp_path, capsys):
         check(48 - new)
         rejects(check, 1)
     assert run("sample", "--init", world / "sft", "--prompt", "the") == 0 and "block" not in capsys.readouterr().out
+    arguments = ("sample", "--init", world / "sft", "--prompt", "the", "--reference", tmp_path)      # too short a block for rewards
+    assert run(*arguments) == 2 and "is shorter than --init's" in capsys.readouterr().err
 
 
 def test_a_model_of_nan_is_no_tie(world, tmp_path, capfd):
@@ -4402,6 +4405,14 @@ def test_half_precision_log_probs_are_widened(name):
     losses = dpo.LOSSES[name](pc, *four[1:], **lengths)
     assert losses.dtype == torch.float32 and torch.equal(losses, dpo.LOSSES[name](*(x.float() for x in four), **lengths))
     assert torch.autograd.grad(losses.sum(), pc)[0].isfinite().all()
+
+
+def test_half_precision_is_widened_by_the_functions_themselves():
+    """dpo_loss and plackett_luce_loss compute in float32 from float16 log-probs: at beta 100 a margin of 20,000 is no infinity."""
+    four = [torch.tensor([value], dtype=torch.float16) for value in (-1000, -1000, 9000, -11_000)]
+    assert [x.tolist() for x in dpo.dpo_loss(*four, 100.0)] == [[2e6], [-1e6], [1e6]]
+    loss = dpo.plackett_luce_loss(torch.stack(four[:2], 1), torch.stack(four[2:], 1), 100.0)
+    assert loss.dtype == torch.float32 and loss.tolist() == [2e6]
 
 
 def test_half_precision_ends_at_the_logits():
