@@ -248,6 +248,11 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
     return tokenizer.encode_ordinary(text)
 
 
+def compact(tokenizer: tiktoken.Encoding, ids: list[int]) -> np.ndarray:
+    """Ids to be kept, in two bytes each where the vocabulary allows: in a list each takes eight at least."""
+    return np.array(ids, np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32)
+
+
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
     """Ids to text, without the EOS that ends a completion."""
     return tokenizer.decode([i for i in ids if i != tokenizer.eot_token])
@@ -1202,30 +1207,11 @@ def text_field(record: dict, name: str, where: str) -> str:
     return value
 
 
-class Rows:
-    """Lists of token ids, one after the other in one array, two bytes a token where the vocabulary allows: little more memory
-    than the ids themselves, where a list of lists takes many times that."""
-
-    def __init__(self, vocab_size: int):
-        self.ids, self.ends = array("H" if vocab_size <= 2 ** 16 else "i"), array("q", [0])
-
-    def append(self, ids):
-        self.ids.extend(ids)
-        self.ends.append(len(self.ids))
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        i = range(len(self))[i]                                                  # negative: counted from the end; too large: IndexError
-        return np.array(self.ids[self.ends[i]:self.ends[i + 1]])
-
-
 @dataclass
 class Pairs:
     """Tokenised preferences. Each distinct (prompt, completion) is one row, however many pairs it is in."""
-    prompts: Rows                       # (R) ids of each row's prompt; a list of lists will do
-    completions: Rows                   # (R) ids of each row's completion, EOS last
+    prompts: list                       # (R) ids of each row's prompt
+    completions: list                   # (R) ids of each row's completion, EOS last
     chosen: np.ndarray                  # (N,) each pair's rows
     rejected: np.ndarray                # (N,)
     prompt_index: np.ndarray            # (N,) which prompt a pair belongs to
@@ -1251,7 +1237,7 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
     whole. A prompt too long for the block is cut on the left. A completion that does not fit is a ValueError, "path:line: ...",
     or its pair is left out. Texts are not kept: repeats are known by a hash of eight bytes, which takes any two of a million
     different rows for one with a chance of 3e-8."""
-    prompts, completions, row_of, prompt_of = Rows(tokenizer.n_vocab), Rows(tokenizer.n_vocab), {}, {}
+    prompts, completions, row_of, prompt_of = [], [], {}, {}
     found, cut, left_out = array("q"), 0, 0                                      # found: the five columns below, pair by pair
     # the last 64 texts' ids are kept: with 28 pairs of eight completions this function takes a fifth of the time
     ids_of = functools.lru_cache(64)(lambda text: [*encode(tokenizer, text), tokenizer.eot_token])
@@ -1274,8 +1260,8 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
             key = hash((pair.prompt, text, min(room, len(prompt))))
             if key not in row_of:
                 row_of[key] = len(prompts)
-                prompts.append(prompt[-room:])
-                completions.append(ids_of(text))
+                prompts.append(compact(tokenizer, prompt[-room:]))
+                completions.append(compact(tokenizer, ids_of(text)))
             found.append(row_of[key])
         prompt_number = prompt_of.setdefault(hash(pair.prompt), len(prompt_of))
         found.extend((prompt_number, pair.line or number, is_held_out(pair.prompt)))
@@ -2470,22 +2456,23 @@ def stage_sft(options, device) -> dict:
         tokenizer = train_tokenizer(sample, options.vocab_size)
         model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd,
                               options.dropout)).to(device)
-    size, seen, n, cut = model.config.block_size, set(), 0, 0
-    sides = [(Rows(tokenizer.n_vocab), array("q")) for _ in range(2)]            # pieces and their lines: to train on, held out
+    size, texts, lines, held_out, seen, cut = model.config.block_size, [], [], [], set(), 0
     for line, text in read_texts(options.data, "text"):
         ids = [*encode(tokenizer, text), tokenizer.eot_token]
         starts = [min(start, len(ids) - 2) for start in range(0, len(ids), size)]              # EOS alone has nothing to predict it
-        pieces = [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)]) if b - a > 1]
-        n, cut = n + 1, cut + (len(pieces) > 1)
+        pieces = [compact(tokenizer, ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)]) if b - a > 1]
+        cut += len(pieces) > 1
         seen.add(hash(text))
-        texts, lines = sides[is_held_out(text) and not options.all]
-        for piece in pieces:
-            texts.append(piece), lines.append(line)
-    (texts, lines), (rest, rest_lines) = sides if len(sides[0][0]) else sides[::-1]       # a split would leave none to train on
-    report(options.data, n, {f"texts longer than the block, cut; {len(texts) + len(rest)} pieces with the uncut ones": cut,
-                             "rows held out": len(set(rest_lines)), "duplicates": n - len(seen)})
-    train_sft(model, texts, *plan(options, model, tokenizer, lines))
-    if not len(rest):
+        texts += pieces
+        lines += [line] * len(pieces)
+        held_out += [is_held_out(text)] * len(pieces)
+    lines, train = np.array(lines), training_rows(held_out, options)
+    n = len(np.unique(lines))
+    report(options.data, n, {f"texts longer than the block, cut; {len(texts)} pieces with the uncut ones": cut,
+                             "rows held out": len(np.unique(lines[~train])), "duplicates": n - len(seen)})
+    train_sft(model, list(itertools.compress(texts, train)), *plan(options, model, tokenizer, lines[train]))
+    rest = list(itertools.compress(texts, ~train))
+    if not rest:
         return {}
     loss = -float(completion_logps(model, [[]] * len(rest), rest).sum()) / sum(len(text) - 1 for text in rest)
     return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700))}
@@ -2555,7 +2542,7 @@ def stage_ppo(options, device) -> dict:
     prompts, train = [encode(tokenizer, text) for text in texts], training_rows([is_held_out(text) for text in texts], options)
     report(options.data, len(prompts), {"prompts cut on the left": sum(len(prompt) > room for prompt in prompts),
                                         "prompts held out": int((~train).sum()), "duplicates": len(texts) - len(set(texts))})
-    prompts = [np.array(prompt[-room:], np.int32) for prompt in prompts]
+    prompts = [compact(tokenizer, prompt[-room:]) for prompt in prompts]
     sample = list(itertools.islice(itertools.cycle(prompts), 512))               # the reward's mean and spread before training
     completions = generate(policy, sample, options.max_new_tokens)
     scores = score_completions(reward_model, sample, completions)
@@ -2570,8 +2557,8 @@ def stage_ppo(options, device) -> dict:
     training, run = plan(options, policy, tokenizer, np.array(lines)[train], "policy.")
     training = replace(training, steps=options.steps or training.steps * ppo.epochs * (ppo.rollout // ppo.minibatch), eps=1e-5)
     reward = lambda prompts, completions: (score_completions(reward_model, prompts, completions) - mean) / std
-    train_ppo(policy, critic, reference, [prompts[i] for i in np.flatnonzero(train)], reward, ppo, training, run=run)
-    rest = [prompts[i] for i in np.flatnonzero(~train)[:256]]
+    train_ppo(policy, critic, reference, list(itertools.compress(prompts, train)), reward, ppo, training, run=run)
+    rest = list(itertools.compress(prompts, ~train))[:256]
     if not rest:
         return {}
     before, after = (generate(model, rest, options.max_new_tokens) for model in (reference, policy))

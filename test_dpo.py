@@ -1836,9 +1836,8 @@ def test_both_answers_of_a_conversation_follow_a_blank_line(tmp_path):
 def test_rows_hold_ids_of_large_vocabularies():
     """Two bytes a token up to 65,536 tokens, four beyond: no id is lost."""
     for vocab_size in (2 ** 16, 2 ** 16 + 1, 200_000):
-        rows = dpo.Rows(vocab_size)
-        rows.append([0, vocab_size - 1])
-        assert rows[0].tolist() == [0, vocab_size - 1] and rows.ids.itemsize == (2 if vocab_size == 2 ** 16 else 4)
+        row = dpo.compact(types.SimpleNamespace(n_vocab=vocab_size), [0, vocab_size - 1])
+        assert row.tolist() == [0, vocab_size - 1] and row.itemsize == (2 if vocab_size == 2 ** 16 else 4)
 
 
 def test_duplicates_are_equal_pairs(tokenizer):
@@ -4076,16 +4075,6 @@ def test_rows_are_counted_on_their_side(world, tmp_path, capsys):
     assert ": 4 rows; 1 texts" in said and "; 1 rows held out" in said           # one row, of several pieces
 
 
-def test_rows_count_from_the_end_as_lists_do():
-    rows = dpo.Rows(300)
-    for ids in ([1, 2], [3], [4, 299]):
-        rows.append(ids)
-    assert [row.tolist() for row in rows] == [[1, 2], [3], [4, 299]] and rows[-1].tolist() == [4, 299]
-    for outside in (3, -4):
-        with pytest.raises(IndexError):
-            rows[outside]
-
-
 def test_no_piece_of_a_long_text_loses_its_end(world, tmp_path, monkeypatch):
     """A text of block + 1 tokens is cut so that EOS keeps a predecessor, and every token stands in one piece."""
     seen, tokens = [], []
@@ -4570,7 +4559,7 @@ def test_further_processes_change_nothing(monkeypatch):
 
     def same_limit(truth):
         assert all((truth[name] == values).all() for name, values in alone.truth.items())
-    assert world.pairs.completions.ids == alone.pairs.completions.ids and (world.pairs.chosen == alone.pairs.chosen).all()
+    assert all(map(np.array_equal, world.pairs.completions, alone.pairs.completions)) and (world.pairs.chosen == alone.pairs.chosen).all()
     same_limit(world.truth)
     rejects(same_limit, dpo.sample_limit(alone.reference, alone.tokenizer, alone.held_out, TINY["limit_samples"], seed=4))
     monkeypatch.setattr(dpo, "two_processes", contextlib.nullcontext)            # one after another, here
