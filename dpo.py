@@ -248,9 +248,9 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
     return tokenizer.encode_ordinary(text)
 
 
-def compact(tokenizer: tiktoken.Encoding, ids: list[int]) -> np.ndarray:
+def compact(tokenizer: tiktoken.Encoding, ids: list[int]) -> array:
     """Ids to be kept, in two bytes each where the vocabulary allows: in a list each takes eight at least."""
-    return np.array(ids, np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.int32)
+    return array("H" if tokenizer.n_vocab <= 2 ** 16 else "i", ids)
 
 
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:

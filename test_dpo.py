@@ -4161,7 +4161,7 @@ def test_split_is_by_prompt():
         train, rest = pairs.subset(~held_out), pairs.subset(held_out)
         assert not set(train.rows()) & set(rest.rows()) and not set(train.prompt_index) & set(rest.prompt_index)
         assert len(train) + len(rest) == 1000 and 50 <= len(rest) <= 150
-        side = lambda part, i: bytes(part.completions[part.chosen[i]].astype(np.uint8)[:-1]).decode()
+        side = lambda part, i: bytes(part.completions[part.chosen[i]].tolist()[:-1]).decode()
         assert side(rest, 0) == f"a{rest.lines[0] - 1}"
     check(pairs.held_out)
     rejects(check, np.arange(1000) < 100)
