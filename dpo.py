@@ -1906,7 +1906,7 @@ class World:
     truth: dict                         # of the limit's samples, (P, K) each: see `judge`
     frontier: Frontier
     histories: dict                     # stage -> what `fit` returned
-    seconds: dict                       # stage -> seconds
+    sft_seconds: float
     checks: dict                        # name -> number, for the summary
 
 
@@ -1915,20 +1915,17 @@ def make_world(scale: Scale, seed: int, pool=None) -> World:
     everything else is of films, so that notebook 4 can test on meals what was learnt on films.
     pool: what `two_processes` gives: one of them samples the limit while this process samples the preferences."""
     torch.manual_seed(seed)
-    rng, started, seconds = random.Random(seed), time.time(), {}
-
-    def lap(stage):
-        seconds[stage] = time.time() - started - sum(seconds.values())
+    rng = random.Random(seed)
     corpus = [sample_review(rng, "meal" if rng.random() < 0.15 else "film") for _ in range(64 * scale.sft_steps)]
     tokenizer = train_tokenizer(corpus[:10_000], VOCAB_SIZE)
     texts = [encode(tokenizer, text) + [tokenizer.eot_token] for text in corpus]
-    lap("corpus and tokenizer")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     # one layer is enough to write reviews: two, with two heads each, have the same loss, and everything takes 1.4 times as long
     reference = GPT(GPTConfig(tokenizer.n_vocab, BLOCK_SIZE, n_layer=1, n_head=4, n_embd=64)).to(device)
     # in batches of 96 the same texts give the same loss in less time, but then DPO's and PPO's efficiency is .02 lower (two seeds)
+    started = time.time()
     history = train_sft(reference, texts, Training(scale.sft_steps, 1e-2, batch_size=64, seed=seed))
-    lap("SFT")
+    sft_seconds = time.time() - started
     prompts = [prompt for prompt, _ in sample_prompts(seed + 1000, scale.prompts, held_out=False)]
     held_out = sample_prompts(seed + 2000, scale.held_out, held_out=True)
     arguments, threads = (tokenizer, held_out, scale.limit_samples, seed), torch.get_num_threads()
@@ -1937,12 +1934,10 @@ def make_world(scale: Scale, seed: int, pool=None) -> World:
         torch.set_num_threads(max(1, threads // 2))
     preferences, _ = sample_preferences(reference, tokenizer, prompts, gold_reward, MAX_NEW_TOKENS, scale.per_prompt, seed)
     pairs = encode_pairs(tokenizer, preferences, BLOCK_SIZE)
-    lap("preferences")
     truth = truth.result() if pool else sample_limit(reference, *arguments)
     torch.set_num_threads(threads)
-    lap("analytic limit")                                                        # with a pool, what was left to wait
     return World(scale, seed, tokenizer, reference, [encode(tokenizer, prompt) for prompt in prompts], pairs, held_out, truth,
-                 build_frontier(truth["reward"]), {"SFT": history}, seconds, {})
+                 build_frontier(truth["reward"]), {"SFT": history}, sft_seconds, {})
 
 
 def sample_limit(reference, tokenizer, held_out: list, samples: int, seed: int) -> dict:
@@ -2123,7 +2118,7 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
             ("PPO-RM", run_rlhf, {}), ("PPO-GT", run_ppo, {}), ("DPO", run_preferences, {}),
             ("Unlikelihood", run_preferences, {"loss": "unlikelihood", "steps": few, "alpha": 1.0}),
             ("Preferred-FT", run_preferences, {"loss": "sft", "steps": few})], pool)
-    methods = {"SFT": summarise(world.frontier, np.zeros(scale.held_out), world.truth, seconds=world.seconds["SFT"])}
+    methods = {"SFT": summarise(world.frontier, np.zeros(scale.held_out), world.truth, seconds=world.sft_seconds)}
     methods |= {f"Best-of-{n}": run_best_of_n(world, n) for n in (4, 16, 64)}
     methods |= {name: rows[name] for name in ("Preferred-FT", "Unlikelihood", "PPO-RM", "PPO-GT", "DPO")}
     kl, reward = world.frontier.at_beta(BETA)
@@ -2133,7 +2128,7 @@ def demonstrate(scale: Scale, seed: int, out: Path, note: str = ""):
     limit = limit_points(world.frontier)
     parameters = sum(parameter.numel() for parameter in world.reference.parameters())
     write_json(out / "summary.json", {
-        "methods": methods, "frontier": limit, "checks": checks, "world_seconds": world.seconds, "seconds": time.time() - started,
+        "methods": methods, "frontier": limit, "checks": checks, "seconds": time.time() - started,
         "config": {**asdict(scale), "beta": BETA, "seed": seed, "note": note, "parameters": parameters}})
     texts["SFT"] = examples(world.reference, world)
     for i, (prompt, _) in enumerate(world.held_out[:len(texts["SFT"])]):
