@@ -856,7 +856,7 @@ class Run:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             settings = saved["settings"]
-            saved = {name: saved[name] for name in ("model", "optimizer", "schedule", "step", "generators", "memory")}
+            saved = {name: saved[name] for name in ("model", "optimizer", "step", "generators", "memory")}
         except Exception as error:                                               # zip, pickle, missing keys: each its own kind
             raise ValueError(f"{path}: not a checkpoint of this program, or cut short ({type(error).__name__})") from None
         for name in sorted(self.settings.keys() | settings.keys(), key=lambda name: (name != "stage", name)):
@@ -865,7 +865,7 @@ class Run:
                                  f"--resume goes on with the same data and settings only")
         return saved
 
-    def start(self, saved, parameters, optimizer, schedule, memory: dict) -> int:
+    def start(self, saved, parameters, optimizer, memory: dict) -> int:
         """Put everything into the saved state; of metrics.jsonl keep the steps that it has seen -> the first step to take."""
         if saved:
             for number, state in saved["optimizer"]["state"].items():
@@ -873,7 +873,6 @@ class Run:
                     state.update({name: dist.tensor.distribute_tensor(value, own.device_mesh, own.placements)
                                   for name, value in state.items() if value.dim()})
             optimizer.load_state_dict(saved["optimizer"])
-            schedule.load_state_dict(saved["schedule"])
             memory.update(saved["memory"])
             torch.set_rng_state(saved["generators"][0])                          # the CPU's; then each GPU's
             torch.cuda.set_rng_state_all(saved["generators"][1:1 + torch.cuda.device_count()])
@@ -893,15 +892,15 @@ class Run:
                 self.export(saved["model"])                                      # a kill may have come between checkpoint and model
         return self.saved_steps
 
-    def save(self, model, optimizer, schedule, step: int, memory: dict):
+    def save(self, model, optimizer, step: int, memory: dict):
         """The whole state after `step` steps, in one file: a kill at any moment leaves the old one or the new one."""
         if self.out is None:
             return
         tensors, state = whole(model.state_dict()), whole(optimizer.state_dict())       # all processes take part, so before the if
         self.saved_steps = step
         if process()[0] == 0:
-            checkpoint = {"settings": self.settings, "model": tensors, "optimizer": state, "schedule": schedule.state_dict(),
-                          "step": step, "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "memory": memory}
+            checkpoint = {"settings": self.settings, "model": tensors, "optimizer": state, "step": step,
+                          "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "memory": memory}
             replace_file(self.out / "checkpoint.pt", lambda draft: torch.save(checkpoint, draft))
             self.export(tensors)
 
@@ -946,9 +945,7 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, (0.9, 0.99), eps=training.eps, weight_decay=0.0, fused=True)
     warmup = max(1, round(training.warmup * training.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(    # the smaller of a rising and a falling line
-        (step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0))
-    first = run.start(saved, parameters, optimizer, schedule, memory)
+    first = run.start(saved, parameters, optimizer, memory)
     del saved                                                                    # as large as weights and moments together
     with onednn_products(model), stop_signals(run.out is not None) as told_to_stop, progress_bar(
             None if quiet or process()[0] > 0 else stage, range(first, training.steps), initial=first, total=training.steps) as bar:
@@ -963,9 +960,10 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
             if not math.isfinite(logs["loss"] + logs["gradient_norm"]):
                 raise FloatingPointError(f"{stage}, step {step}: the loss is {logs['loss']}, its gradient's norm {logs['gradient_norm']}; "
                                          f"a smaller learning rate may help{run.where(micro_batches)}")
-            logs["learning_rate"] = schedule.get_last_lr()[0]
+            rising = (step + 1) / warmup
+            falling = (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0
+            logs["learning_rate"] = optimizer.param_groups[0]["lr"] = training.learning_rate * min(rising, falling)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
             if on_step:
                 on_step(logs)
@@ -973,7 +971,7 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
             bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
             run.log(logs)
             if stop or (step + 1) % run.save_every == 0 or step + 1 == training.steps:
-                run.save(model, optimizer, schedule, step + 1, memory)
+                run.save(model, optimizer, step + 1, memory)
             if stop and step + 1 < training.steps:
                 raise RunFailed(f"{stage} stopped after {step + 1} of {training.steps} steps, all saved in {run.out}; "
                                 "the same command with --resume goes on from there")
