@@ -769,10 +769,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
                         dtype=model.wte.weight.dtype)
     t = int(lengths.min())
     # rows that begin alike, as samples of one prompt do, are read once: with eight of each, sampling takes 9% less time
-    starts = [tuple(row) for row in tokens[:, :t].tolist()]
-    number = {start: i for i, start in enumerate(sorted(set(starts)))}
-    which = torch.tensor([number[start] for start in starts], device=device)                    # (B,)
-    beginnings = torch.tensor(list(number), device=device)                                      # (U, t)
+    beginnings, which = tokens[:, :t].unique(dim=0, return_inverse=True)                        # (U, t); (B,): each row's among them
     last = (torch.arange(t, device=device) == t - 1).expand_as(beginnings)
     logits = model(beginnings, keep=last, cache=cache[:, :, :, :len(beginnings)])[which]        # of the last column, (B, V)
     for layer in cache:                                                                         # by layer, to hold little twice
