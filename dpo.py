@@ -2442,7 +2442,7 @@ def stage_sft(options, device) -> dict:
     else:
         if options.vocab_size < 257:
             raise ValueError(f"--vocab-size {options.vocab_size}: 257 at least, the 256 bytes and {EOS_TEXT}")
-        sample = [text for i, (_, text) in enumerate(read_texts(options.data, "text")) if i < 20_000]     # reads and checks all
+        sample = [text for _, text in itertools.islice(read_texts(options.data, "text"), 20_000)]
         tokenizer = train_tokenizer(sample, options.vocab_size)
         model = GPT(GPTConfig(tokenizer.n_vocab, options.block_size, options.n_layer, options.n_head, options.n_embd,
                               options.dropout)).to(device)
