@@ -1234,8 +1234,8 @@ def encode_pairs(tokenizer, preferences, block_size: int, path="pair", skip_long
     different rows for one with a chance of 3e-8."""
     prompts, completions, row_of, prompt_of = [], [], {}, {}
     found, cut, left_out = array("q"), 0, 0                                      # found: the five columns below, pair by pair
-    # the last 64 texts' ids are kept: with 28 pairs of eight completions this function takes a fifth of the time
-    ids_of = functools.lru_cache(64)(lambda text: [*encode(tokenizer, text), tokenizer.eot_token])
+    # the last 16 texts' ids are kept: with 28 pairs of eight completions this function takes a fifth of the time
+    ids_of = functools.lru_cache(16)(lambda text: [*encode(tokenizer, text), tokenizer.eot_token])
     for number, pair in enumerate(preferences, 1):
         where = f"{path}:{pair.line or number}"
         prompt = ids_of(pair.prompt)[:-1]
