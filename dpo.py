@@ -963,7 +963,7 @@ def fit(stage: str, model: nn.Module, batches, loss, training: Training, *, drop
             if not math.isfinite(logs["loss"] + logs["gradient_norm"]):
                 raise FloatingPointError(f"{stage}, step {step}: the loss is {logs['loss']}, its gradient's norm {logs['gradient_norm']}; "
                                          f"a smaller learning rate may help{run.where(micro_batches)}")
-            rising = (step + 1) / warmup
+            rising = (step + 1) / warmup                                         # the rate: the lower of two lines over the steps
             falling = (training.steps - step) / max(1, training.steps - warmup) if training.decay else 1.0
             logs["learning_rate"] = optimizer.param_groups[0]["lr"] = training.learning_rate * min(rising, falling)
             optimizer.step()
