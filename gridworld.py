@@ -1178,7 +1178,7 @@ def print_ift(result):
     for name, runs in result.items():
         errors = "".join("{:13.4f} +- {:.4f}".format(*mean_and_error(runs[metric])) for metric in ("trajectory", "all cells"))
         print(f"{name:10s}{errors}{runs['success'].mean():10.3f}")
-    print(f"The paper's order, best first: {', '.join(PAPER_ORDER)}. Ours (a-b: by how many s.e. a is worse than b):")
+    print(f"The paper's order, best first: {', '.join(PAPER_ORDER)}. Ours (a-b: by how many paired s.e. a is worse):")
     for metric in ("trajectory", "all cells"):
         order, z = order_of(result, metric)
         print(f"  {metric:12s} {', '.join(order):24s}", "  ".join(f"{a}-{b} {value:+.1f}" for (a, b), value in z.items()))

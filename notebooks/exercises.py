@@ -56,7 +56,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     latter two without gradient. The losses must stay finite, and so must their gradient, at margins of 1e5 in float32.
 
         d_w = log pi(y_w|x) - log pi_ref(y_w|x),   d_l likewise,   z = beta (d_w - d_l),   rewards = beta d
-        losses = -log s(z) where e = 0; in general its mean over a label that is turned round, z -> -z, with chance e
+        losses = -log s(z) where e = 0; in general 1-e times that plus e times the same with -z in place of z
 
     Graded by: DPO_MODULE=exercises pytest -k test_loss          (with --tb=short: the messages are long)
     """
@@ -92,10 +92,10 @@ def reward_model_loss(chosen_scores, rejected_scores):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation (arXiv 1506.02438).
+    """Generalised advantage estimation (arXiv 1506.02438; section 10 of dpo.py).
 
     rewards, values (B,T): the reward paid for a token, and the critic's value of the text before it. They may hold anything
-    where mask (B,T) is False; the response is one run of tokens without a gap. Returns advantages, not whitened, and returns
+    where mask (B,T) is False; the response is one run of tokens without a gap. Returns advantages, as they are, and returns
     (B,T), both 0 where mask is False. After the last response token V and A are 0.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
@@ -108,7 +108,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
     """PPO's policy loss (arXiv 1707.06347, Eq 7) and value loss (clipped, as PPO's codes have it) of each token, and the ratio.
 
-    All tensors (B,T). Returns policy_loss and value_loss, both 0 where mask is 0, and ratio, all (B,T).
+    All tensors (B,T): A advantages, V values, R returns. Returns policy_loss and value_loss, both 0 where mask is False, and ratio, all
+    (B,T).
 
         ratio  = pi / pi_old
         policy = -min( ratio A, clip(ratio, 1-clip, 1+clip) A )
@@ -122,9 +123,10 @@ def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, 
 def soft_value_iteration(P, reward, terminal, reference, beta):
     """The policy that maximises E[sum of rewards] - beta KL(pi || reference) in H steps, from the last step backwards.
 
-    All are numpy arrays. P (S,A,S): transition probabilities. reward (S,): paid on *entering* a state. terminal (S,) bool: the
-    episode ends there and pays nothing more, so Q is 0 and the policy stays at the reference. reference (H,S,A): positive
-    probabilities. beta: reward units per nat; it may be .001, where exp(Q/beta) overflows unless the maximum is taken out.
+    All are numpy arrays; S states, A actions. P (S,A,S): transition probabilities. reward (S,): paid on *entering* a state.
+    terminal (S,) bool: the episode ends there and pays nothing more, so Q is 0 and the policy stays at the reference. reference
+    (H,S,A): positive probabilities. beta: reward units per nat; it may be .0005, where exp(Q/beta) overflows unless the largest
+    Q is taken out.
     Returns the policy (H,S,A). With V_H = 0:
 
         Q_t(s,a)    = E_{s' ~ P(s,a)}[ reward(s') + V_{t+1}(s') ]
