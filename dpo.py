@@ -1092,7 +1092,7 @@ def train_sft(model, texts: list, training: Training, run: Run | None = None, **
 # === 7. Preferences ===================================================================================================
 # People cannot score a text reliably, but they can say which of two is better. The Bradley-Terry model makes such choices from
 # rewards: a is preferred to b with probability s(r_a - r_b), s(z) = 1 / (1 + e^-z): even odds if equal, 73% at a difference of one.
-# On a first reading skip the files: `chat_template` to `compact`, and `encode_pairs`.
+# On a first reading skip the files: `chat_template` to `text_field`, and `encode_pairs`.
 
 
 @dataclass
