@@ -802,7 +802,7 @@ def _generate_batch(model, prompts, max_new_tokens, temperature, top_k, top_p, s
 
 def sample_from(logits, temperature=1.0, top_k=0, top_p=1.0):
     """One token id for each row of logits (B,V) -> (B,)."""
-    greedy = temperature < 1e-4                                 # avoids dividing by 0
+    greedy = temperature < 1e-4                                 # the likeliest token; all else here is for its check of the logits
     logits = logits if greedy or temperature == 1 else logits / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)

@@ -108,8 +108,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def ppo_losses(logps, old_logps, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2):
     """PPO's policy loss (arXiv 1707.06347, Eq 7) and value loss (clipped, as PPO's codes have it) of each token, and the ratio.
 
-    All tensors (B,T): A advantages, V values, R returns. Returns policy_loss and value_loss, both 0 where mask is False, and ratio, all
-    (B,T).
+    All tensors (B,T), the results too: A advantages, V values, R returns. Returns policy_loss and value_loss, both 0 where mask is
+    False, and ratio.
 
         ratio  = pi / pi_old
         policy = -min( ratio A, clip(ratio, 1-clip, 1+clip) A )
